@@ -1,0 +1,1 @@
+"""The values every stage shares. Imports nothing else of the package, and never torch."""
