@@ -1,7 +1,7 @@
 """Plug-ins are found by file name: a new method is one new file, and no list names it.
 
-A concept is a package (`fettle.runtime`); each of its modules whose name has no leading underscore
-holds exactly one public subclass of the concept's base class, and is the plug-in of that name. A
+A concept is a package (`fettle.runtime`); each of its modules (not its sub-packages) whose name has no leading
+underscore holds exactly one public subclass of the concept's base class, and is the plug-in of that name. A
 missing optional dependency, imported plainly at the top of that file, becomes `MissingExtra`.
 """
 
@@ -38,7 +38,7 @@ def names(package: str) -> list[str]:
     if spec is None or spec.submodule_search_locations is None:
         raise UsageError(f"'{package}' is no package of plug-ins")
     found = pkgutil.iter_modules(spec.submodule_search_locations)
-    return sorted(module.name for module in found if not module.name.startswith("_"))
+    return sorted(module.name for module in found if not module.ispkg and not module.name.startswith("_"))
 
 
 def load(package: str, name: str, base: type[T]) -> type[T]:

@@ -1,0 +1,1 @@
+"""Passes over a captured graph: fold batch-norm, decide where to quantize, put the quantizers in."""

@@ -1,0 +1,33 @@
+"""Parameters and buffers of a captured graph: read them, and put new ones in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def is_constant(node: Any) -> bool:
+    """Whether a node is a parameter or buffer."""
+    return isinstance(node, torch.fx.Node) and node.op == "get_attr"
+
+
+def constant(graph: torch.fx.GraphModule, node: Any) -> torch.Tensor:
+    """The value of a `get_attr` node, detached."""
+    value: Any = graph
+    for part in str(node.target).split("."):
+        value = getattr(value, part)
+    assert isinstance(value, torch.Tensor)
+    return value.detach()
+
+
+def put_constant(graph: torch.fx.GraphModule, name: str, value: torch.Tensor) -> torch.fx.Node:
+    """Store a buffer under a free name and return a node that reads it, at the graph's insertion point."""
+    free, count = name, 0
+    while hasattr(graph, free):
+        count += 1
+        free = f"{name}_{count}"
+    graph.register_buffer(free, value.contiguous())
+    node = graph.graph.get_attr(free)
+    node.meta["val"] = value
+    return node

@@ -1,0 +1,1 @@
+"""Uniform affine quantization as arithmetic on tensors; knows nothing of graphs."""

@@ -1,0 +1,1 @@
+"""Watching a served model: the prediction log in, a verdict and an incident out. Imports no torch."""

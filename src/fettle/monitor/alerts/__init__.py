@@ -1,0 +1,1 @@
+"""Alert channels, one file each, found by file name. The base class is in `_base.py`."""

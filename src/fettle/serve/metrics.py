@@ -1,0 +1,66 @@
+"""What Prometheus sees of the server, in a registry of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+
+_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+_ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+class Metrics:
+    """The counters, as attributes; `render` gives the text of `/metrics`."""
+
+    content_type = CONTENT_TYPE_LATEST
+
+    def __init__(self) -> None:
+        registry = self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "fettle_requests", "Requests answered, by route and status.", ("route", "code"), registry=registry
+        )
+        self.request_seconds = Histogram(
+            "fettle_request_seconds", "From a request's header to its answer.", ("route",),
+            buckets=_SECONDS, registry=registry,
+        )  # fmt: skip
+        self.queue_seconds = Histogram(
+            "fettle_queue_seconds", "Time that a job waited for a worker.", buckets=_SECONDS, registry=registry
+        )
+        self.inference_seconds = Histogram(
+            "fettle_inference_seconds", "Time of one batch in the engine.", buckets=_SECONDS, registry=registry
+        )
+        self.batch_rows = Histogram("fettle_batch_rows", "Rows in one batch.", buckets=_ROWS, registry=registry)
+        self.in_flight = Gauge("fettle_requests_in_flight", "Requests being answered.", registry=registry)
+        self.shed = Counter("fettle_requests_shed", "Requests refused with 429: the queue was full.", registry=registry)
+        self.observations = Counter("fettle_observations_written", "Rows in the prediction log.", registry=registry)
+        self.observations_dropped = Counter(
+            "fettle_observations_dropped", "Rows lost for a full queue or disk.", registry=registry
+        )
+        self.switches = Counter(
+            "fettle_switches", "Loads of a version, by result (ok or failed).", ("result",), registry=registry
+        )
+        self.ready = Gauge("fettle_ready", "1 where the server would take traffic.", registry=registry)
+        self._model = Gauge(
+            "fettle_model_info", "The version that answers: always 1.",
+            ("model", "version", "digest", "runtime", "precision"), registry=registry,
+        )  # fmt: skip
+        self._queued = Gauge("fettle_queue_rows", "Rows that wait for a worker.", registry=registry)
+        for result in ("ok", "failed"):
+            self.switches.labels(result)
+
+    def watch(self, *, queued_rows: Callable[[], int], in_flight: Callable[[], int], ready: Callable[[], bool]) -> None:
+        """Read these when asked for, instead of being told each time they change."""
+        self._queued.set_function(queued_rows)
+        self.in_flight.set_function(in_flight)
+        self.ready.set_function(ready)
+
+    def serving(self, *labels: str) -> None:
+        """Name the version that answers now: model, version, digest, runtime, precision."""
+        self._model.clear()
+        self._model.labels(*labels).set(1)
+
+    def render(self) -> bytes:
+        """The text exposition format."""
+        return generate_latest(self.registry)

@@ -1,0 +1,157 @@
+"""A version that is loaded, proven against its golden outputs, and warm: the only thing that may answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from fettle.core.artifact import Artifact
+from fettle.core.errors import ArtifactError
+from fettle.core.runner import Runner
+from fettle.core.signature import Array, Signature
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LoadedModel:
+    """One version, ready to run. Jobs hold it, so it is freed when the last one that it answers has ended.
+
+    row_wise: every input and output begins with the same free dimension, so requests may share a batch.
+    classifies: the first output is float of shape (rows, classes), so answers have a class and are logged.
+    """
+
+    name: str
+    version: int
+    digest: str
+    runtime: str
+    precision: str
+    signature: Signature
+    runner: Runner
+    row_wise: bool
+    classifies: bool
+
+
+class ModelFault(Exception):
+    """The model itself answered something impossible; the message is for the log and the client."""
+
+
+def load_model(name: str, version: int, artifact: Artifact, *, threads: int, max_batch_rows: int) -> LoadedModel:
+    """Load, compare with the golden outputs, warm up. Raises ArtifactError (or what the runtime raises) if unfit."""
+    signature = artifact.manifest.signature
+    check_image(signature)
+    model = LoadedModel(
+        name=name,
+        version=version,
+        digest=artifact.digest,
+        runtime=artifact.manifest.runtime,
+        precision=artifact.manifest.precision,
+        signature=signature,
+        runner=artifact.load(threads=threads),
+        row_wise=is_row_wise(signature),
+        classifies=is_classifier(signature),
+    )
+    golden = artifact.golden()
+    check_golden(model, golden, tolerance=artifact.manifest.tolerance)
+    warm_up(model, golden, max_batch_rows=max_batch_rows)
+    return model
+
+
+def is_row_wise(signature: Signature) -> bool:
+    """True where all inputs and outputs share a free first dimension."""
+    first = {spec.shape[0] if spec.shape else 0 for spec in (*signature.inputs, *signature.outputs)}
+    return len(first) == 1 and isinstance(first.pop(), str)
+
+
+def is_classifier(signature: Signature) -> bool:
+    """True where the first output can be read as one row of class scores for each input row."""
+    first = signature.outputs[0]
+    return first.dtype.startswith("float") and len(first.shape) == 2 and isinstance(first.shape[0], str)
+
+
+def check_image(signature: Signature) -> None:
+    """Raise ArtifactError where image preprocessing is declared that does not fit the input."""
+    if signature.image is None:
+        return
+    spec = signature.inputs[0]
+    have = spec.shape[1:]
+    fits = len(have) == 3 and all(
+        isinstance(h, str) or h == w for h, w in zip(have, signature.image.shape, strict=True)
+    )
+    if len(signature.inputs) != 1 or spec.dtype != "float32" or not fits or not is_row_wise(signature):
+        raise ArtifactError(
+            f"image preprocessing gives one float32 input of shape ['batch', {str(list(signature.image.shape))[1:]}, "
+            f"but input '{spec.name}' is {spec.dtype} of shape {list(spec.shape)}: declare the preprocessing it needs"
+        )
+
+
+def run(model: LoadedModel, inputs: Mapping[str, Array], *, max_batch_rows: int) -> dict[str, Array]:
+    """Run checked inputs, in pieces of at most `max_batch_rows`. Raises ModelFault for outputs of the wrong shape."""
+    rows = len(next(iter(inputs.values())))
+    if not model.row_wise or rows <= max_batch_rows:
+        return _run_once(model, inputs, rows)
+    pieces = [
+        _run_once(model, {name: array[start : start + max_batch_rows] for name, array in inputs.items()}, None)
+        for start in range(0, rows, max_batch_rows)
+    ]
+    return {spec.name: np.concatenate([piece[spec.name] for piece in pieces]) for spec in model.signature.outputs}
+
+
+def _run_once(model: LoadedModel, inputs: Mapping[str, Array], rows: int | None) -> dict[str, Array]:
+    rows = len(next(iter(inputs.values()))) if rows is None else rows
+    outputs = model.runner.run(inputs)
+    for spec in model.signature.outputs:
+        array = outputs.get(spec.name)
+        if array is None:
+            raise ModelFault(f"the model gave no output '{spec.name}'")
+        if array.dtype.name != spec.dtype or array.ndim != len(spec.shape):
+            raise ModelFault(f"output '{spec.name}' is not {spec.dtype} of shape {list(spec.shape)}, as declared")
+        if model.row_wise and len(array) != rows:
+            raise ModelFault(f"output '{spec.name}' must have one row for each of the {rows} inputs, got {len(array)}")
+    return outputs
+
+
+def check_golden(model: LoadedModel, golden: Mapping[str, Array], *, tolerance: float) -> None:
+    """Raise ArtifactError unless the model gives its golden outputs: all rows together, and the first one alone.
+
+    max |answer - golden| <= tolerance, elementwise, for every output.
+    """
+    inputs = {spec.name: golden.get(f"input:{spec.name}") for spec in model.signature.inputs}
+    expected = {spec.name: golden.get(f"output:{spec.name}") for spec in model.signature.outputs}
+    if any(array is None for array in (*inputs.values(), *expected.values())):
+        raise ArtifactError("the artifact has no golden tensors for every input and output: build it again")
+    given = {name: array for name, array in inputs.items() if array is not None}
+    rows = model.signature.check(given)
+    _compare(model, given, {name: array for name, array in expected.items() if array is not None}, tolerance)
+    if model.row_wise and rows > 1:
+        first = {name: array[:1] for name, array in given.items()}
+        _compare(model, first, {name: array[:1] for name, array in expected.items() if array is not None}, tolerance)
+
+
+def _compare(model: LoadedModel, inputs: Mapping[str, Array], expected: Mapping[str, Array], tolerance: float) -> None:
+    try:
+        outputs = _run_once(model, inputs, None)
+    except ModelFault as problem:
+        raise ArtifactError(f"golden check failed: {problem}") from None
+    for name, want in expected.items():
+        have = outputs[name]
+        if have.shape != want.shape:
+            raise ArtifactError(
+                f"golden output '{name}' has shape {list(want.shape)}, the model gives {list(have.shape)}"
+            )
+        with np.errstate(invalid="ignore"):
+            difference = float(np.max(np.abs(have.astype(np.float64) - want.astype(np.float64)), initial=0.0))
+        if not difference <= tolerance:  # NaN is a mismatch too
+            raise ArtifactError(
+                f"golden output '{name}' differs by {difference:.3g}, allowed are {tolerance:.3g}: "
+                f"this model does not answer here as it did where it was measured"
+            )
+
+
+def warm_up(model: LoadedModel, golden: Mapping[str, Array], *, max_batch_rows: int) -> None:
+    """Run the largest batch once, so that the first requests do not pay for memory and lazy compilation."""
+    if not model.row_wise:
+        return
+    inputs = {spec.name: golden[f"input:{spec.name}"] for spec in model.signature.inputs}
+    full = {name: np.resize(array, (max_batch_rows, *array.shape[1:])) for name, array in inputs.items()}
+    _run_once(model, full, None)

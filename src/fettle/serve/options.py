@@ -1,0 +1,96 @@
+"""How to serve: one value with every limit, and defaults that are safe on a small machine."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fettle.core.errors import UsageError
+
+_CGROUP_CPU = Path("/sys/fs/cgroup/cpu.max")
+
+
+def available_cores() -> int:
+    """Cores this process may use: its affinity, and a container's CPU quota rounded up.
+
+    >>> available_cores() >= 1
+    True
+    """
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = _CGROUP_CPU.read_text().split()
+        return max(1, min(allowed, math.ceil(int(quota) / int(period))))
+    except (OSError, ValueError, ZeroDivisionError):
+        return max(1, allowed)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeOptions:
+    """Where to listen, how much to accept, how long to wait.
+
+    host, port: an IP address and a port; port 0 takes a free one.
+    threads: threads inside one inference; workers: inferences at the same time, by default one for each core.
+    max_batch_rows: most rows in one inference; max_queue_rows: rows that may wait, more are refused with 429.
+    max_body_bytes: larger bodies are refused with 413, before they are read.
+    max_image_pixels: larger images are refused from their header, before they are decoded.
+    max_connections: open connections at the same time; further ones wait in the kernel's queue.
+    idle_timeout_s: a connection without a complete request header is closed after this time.
+    body_timeout_s: a body that has not arrived by then is answered with 408.
+    request_timeout_s: from the body's arrival to the answer, else 504.
+    grace_s: after SIGTERM readiness is 503 but requests are served for so long, until the load balancer has noticed.
+    drain_timeout_s: after the grace, how long running requests may take to end.
+    poll_s: how often the source is asked for its version; retry_s: first wait before a bad version is tried again,
+        doubled each time.
+    observations: folder of the prediction log, None for no log. It is flushed every `log_rows` rows or
+        `log_flush_s`; more than `log_queue_rows` unwritten rows are dropped and counted.
+    access_log: one JSON line per request to the logger "fettle.serve".
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8080
+    threads: int = 1
+    workers: int = field(default_factory=available_cores)
+    max_batch_rows: int = 32
+    max_queue_rows: int = 1024
+    max_body_bytes: int = 16 * 2**20
+    max_image_pixels: int = 25_000_000
+    max_connections: int = 8192
+    idle_timeout_s: float = 75.0
+    body_timeout_s: float = 30.0
+    request_timeout_s: float = 30.0
+    grace_s: float = 0.0
+    drain_timeout_s: float = 30.0
+    poll_s: float = 0.25
+    retry_s: float = 5.0
+    observations: Path | None = None
+    log_rows: int = 5000
+    log_flush_s: float = 5.0
+    log_queue_rows: int = 50_000
+    access_log: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise UsageError(f"port must be 0 to 65535, got {self.port}")
+        for name in _AT_LEAST_ONE:
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in _SECONDS:
+            value = getattr(self, name)
+            if not math.isfinite(value) or value < 0 or (value == 0 and name != "grace_s"):
+                raise UsageError(f"{name} must be a positive number of seconds, got {value}")
+        if self.max_queue_rows < self.max_batch_rows:
+            raise UsageError(
+                f"max_queue_rows must be at least max_batch_rows, got {self.max_queue_rows} < {self.max_batch_rows}"
+            )
+
+
+_AT_LEAST_ONE = (
+    "threads", "workers", "max_batch_rows", "max_queue_rows", "max_body_bytes", "max_image_pixels",
+    "max_connections", "log_rows", "log_queue_rows",
+)  # fmt: skip
+_SECONDS = (
+    "idle_timeout_s", "body_timeout_s", "request_timeout_s", "grace_s", "drain_timeout_s", "poll_s", "retry_s",
+    "log_flush_s",
+)  # fmt: skip

@@ -1,0 +1,188 @@
+"""The Open Inference Protocol v2, REST JSON: from bytes to checked arrays, and back.
+
+Knows nothing of HTTP beyond the status of a Refusal, so that another transport can use the same values. Strict where
+the protocol is vague: a number must fit its data type exactly, nested data must have the declared shape, and NaN or
+infinity, which JSON does not have, are refused in requests and in answers.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from fettle.core.errors import InvalidInput
+from fettle.core.signature import Array, Signature, TensorSpec
+from fettle.serve.batching import Answer
+from fettle.serve.model import LoadedModel, ModelFault
+from fettle.serve.refusal import Refusal, quote
+
+MAX_RANK = 16
+DATATYPES = {
+    "bool": "BOOL", "uint8": "UINT8", "uint16": "UINT16", "uint32": "UINT32", "uint64": "UINT64", "int8": "INT8",
+    "int16": "INT16", "int32": "INT32", "int64": "INT64", "float16": "FP16", "float32": "FP32", "float64": "FP64",
+}  # fmt: skip
+_DTYPES = {datatype: dtype for dtype, datatype in DATATYPES.items()}
+_KINDS: dict[str, type] = {"b": bool, "i": int, "u": int, "f": float}
+
+# Names and sizes are checked by hand after decoding, for messages that say the rule.
+_Parameters = dict[str, str | int | float | bool | None]
+
+
+class _Tensor(msgspec.Struct):
+    name: str
+    shape: list[int]
+    datatype: str
+    data: msgspec.Raw = msgspec.Raw()
+    parameters: _Parameters = {}
+
+
+class _Wanted(msgspec.Struct):
+    name: str
+    parameters: _Parameters = {}
+
+
+class _Request(msgspec.Struct):
+    inputs: list[_Tensor]
+    id: str | None = None
+    parameters: _Parameters = {}
+    outputs: list[_Wanted] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InferCall:
+    """One checked request. outputs: the names asked for, in order; id: to be echoed where one was given."""
+
+    inputs: dict[str, Array]
+    outputs: tuple[str, ...]
+    rows: int
+    id: str | None
+
+    @property
+    def shape(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        """What two requests must share to run as one batch: all dimensions but the first."""
+        return tuple((name, array.shape[1:]) for name, array in sorted(self.inputs.items()))
+
+
+def parse_infer(body: bytes, signature: Signature) -> InferCall:
+    """The arrays in the body of `POST /v2/models/NAME/infer`. Raises Refusal 400."""
+    request: _Request = decode(body, _Request)
+    arrays: dict[str, Array] = {}
+    for tensor in request.inputs:
+        if tensor.name in arrays:
+            raise Refusal(400, f"each input must be given once, got {quote(tensor.name)} twice")
+        arrays[tensor.name] = _array(tensor)
+    try:
+        rows = signature.check(arrays)
+    except InvalidInput as problem:
+        raise Refusal(400, str(problem)[:500]) from None
+    return InferCall(inputs=arrays, outputs=_wanted(request, signature), rows=rows, id=request.id)
+
+
+def decode(body: bytes, kind: Any) -> Any:
+    """The JSON text as that type. Raises Refusal 400, for deep nesting too."""
+    if not body:
+        raise Refusal(400, "the body must be JSON, got an empty one")
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except RecursionError:
+        raise Refusal(400, "the body must be JSON of moderate depth, got one nested too deeply") from None
+    except (msgspec.ValidationError, msgspec.DecodeError, UnicodeDecodeError) as problem:
+        raise Refusal(400, f"the body must be JSON as documented: {str(problem)[:200]}") from None
+
+
+def _wanted(request: _Request, signature: Signature) -> tuple[str, ...]:
+    known = tuple(spec.name for spec in signature.outputs)
+    if not request.outputs:
+        return known
+    names = tuple(wanted.name for wanted in request.outputs)
+    for name in names:
+        if name not in known:
+            raise Refusal(400, f"unknown output {quote(name)}; this model has {', '.join(known)}")
+    if len(set(names)) != len(names):
+        raise Refusal(400, "each output may be asked for once")
+    return names
+
+
+def _array(tensor: _Tensor) -> Array:
+    """The tensor's data, nested or flat, as an array of exactly its shape and data type."""
+    where = f"input {quote(tensor.name)}"
+    dtype = _DTYPES.get(tensor.datatype)
+    if dtype is None:
+        raise Refusal(400, f"{where}: datatype must be one of {', '.join(_DTYPES)}, got {quote(tensor.datatype)}")
+    if "binary_data_size" in tensor.parameters:
+        raise Refusal(400, f"{where}: binary tensors are not supported here: send the data as JSON")
+    shape = tensor.shape
+    if not 1 <= len(shape) <= MAX_RANK or min(shape) < 1:
+        raise Refusal(400, f"{where}: shape must be 1 to {MAX_RANK} positive numbers, got {quote(shape)}")
+    text = memoryview(tensor.data)
+    if not text.nbytes:
+        raise Refusal(400, f"{where}: data is missing")
+    nested = len(shape) > 1 and _is_nested(text)
+    try:
+        values = _decoder(len(shape) if nested else 1, _KINDS[np.dtype(dtype).kind]).decode(text)
+        with np.errstate(over="ignore"):  # a number too large becomes infinity, which the signature refuses
+            array = np.array(values, dtype=dtype)
+    except (msgspec.MsgspecError, OverflowError, RecursionError):
+        form = f"nested as its shape {shape} says" if nested else "a list"
+        raise Refusal(400, f"{where}: data must be {form}, every value {tensor.datatype} and finite") from None
+    except ValueError:
+        raise Refusal(400, f"{where}: nested data must have the shape {shape}, got a ragged one") from None
+    if nested and list(array.shape) != shape:
+        raise Refusal(400, f"{where}: nested data must have the shape {shape}, got {list(array.shape)}")
+    if array.size != math.prod(shape):
+        raise Refusal(400, f"{where}: shape {shape} needs {math.prod(shape)} values, got {array.size}")
+    return array.reshape(shape)
+
+
+def _is_nested(text: memoryview) -> bool:
+    """True where the first element of this JSON list is itself a list."""
+    return bytes(text[:256]).lstrip(b" \t\r\n")[1:].lstrip(b" \t\r\n").startswith(b"[")
+
+
+@functools.lru_cache(maxsize=128)
+def _decoder(depth: int, kind: type) -> msgspec.json.Decoder[Any]:
+    wanted: Any = kind
+    for _ in range(depth):
+        wanted = list[wanted]
+    return msgspec.json.Decoder(wanted)
+
+
+def format_infer(answer: Answer, *, model: LoadedModel, call: InferCall) -> bytes:
+    """The body of the response. Raises ModelFault for NaN or infinity, which JSON cannot carry."""
+    response: dict[str, Any] = {"model_name": model.name, "model_version": str(model.version)}
+    if call.id is not None:
+        response["id"] = call.id
+    response["outputs"] = [_tensor(name, answer.outputs[name]) for name in call.outputs]
+    return msgspec.json.encode(response)
+
+
+def _tensor(name: str, array: Array) -> dict[str, Any]:
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise ModelFault(f"the model answered NaN or infinity in output '{name}', which JSON cannot carry")
+    return {
+        "name": name,
+        "shape": list(array.shape),
+        "datatype": DATATYPES[array.dtype.name],
+        "data": array.ravel().tolist(),
+    }
+
+
+def describe(model: LoadedModel) -> dict[str, Any]:
+    """The model's metadata: free dimensions are -1."""
+    return {
+        "name": model.name,
+        "versions": [str(model.version)],
+        "platform": f"fettle_{model.runtime}",
+        "inputs": [_spec(spec) for spec in model.signature.inputs],
+        "outputs": [_spec(spec) for spec in model.signature.outputs],
+    }
+
+
+def _spec(spec: TensorSpec) -> dict[str, Any]:
+    shape = [size if isinstance(size, int) else -1 for size in spec.shape]
+    return {"name": spec.name, "datatype": DATATYPES[spec.dtype], "shape": shape}

@@ -1,0 +1,148 @@
+"""Follow the source: load what it means now beside what answers, and swap only when the new one is proven.
+
+A version that does not load, or answers differently from its golden outputs, changes nothing; it is tried again when
+the source names another version, or after a wait that doubles.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+import time
+from collections.abc import Callable
+
+from fettle.core.errors import FettleError
+from fettle.serve.metrics import Metrics
+from fettle.serve.model import LoadedModel, load_model
+from fettle.serve.options import ServeOptions
+from fettle.serve.source import ModelSource
+
+_log = logging.getLogger("fettle.serve")
+_PATH = re.compile(r"(?:[A-Za-z]:)?(?:[\\/][^\s\\/:,;'\"]+){2,}[\\/]?")
+_LONGEST_RETRY_S = 300.0
+
+
+class Switch:
+    """Holds the model that answers. One thread writes `active`; everyone reads it once per request.
+
+    active: None until a first version is proven. problem: why the latest load failed, in words for anyone; None
+    where all is well. attempted: True once a first load has ended, well or not.
+    """
+
+    def __init__(
+        self,
+        source: ModelSource,
+        *,
+        options: ServeOptions,
+        metrics: Metrics,
+        on_change: Callable[[LoadedModel], None] = lambda model: None,
+    ) -> None:
+        self.active: LoadedModel | None = None
+        self.problem: str | None = None
+        self.attempted = False
+        self._source = source
+        self._options = options
+        self._retry = _Backoff(options.retry_s)
+        self._metrics = metrics
+        self._on_change = on_change
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="fettle-switch", daemon=True)
+
+    def start(self) -> None:
+        """Begin to follow, in the background."""
+        self._thread.start()
+
+    def close(self, timeout_s: float) -> None:
+        """Stop following. What is loaded stays."""
+        self._stop.set()
+        self._thread.join(timeout_s)
+
+    def _follow(self) -> None:
+        while not self._stop.is_set():
+            self.step()
+            self._stop.wait(self._options.poll_s)
+
+    def step(self) -> None:
+        """Ask the source once, and load what it means if that is not what answers."""
+        version: int | None = None
+        try:
+            version = self._source.current()
+            if self.active is not None and version == self.active.version:
+                self.problem = None
+                self._retry.forget()
+                return
+            if not self._retry.due(version):
+                return
+            model = self._load(version)
+        except Exception as problem:
+            self._failed(version, problem)
+        else:
+            self._swap(model)
+        self.attempted = True
+
+    def _load(self, version: int) -> LoadedModel:
+        artifact = self._source.open(version)
+        options = self._options
+        return load_model(
+            self._source.name, version, artifact, threads=options.threads, max_batch_rows=options.max_batch_rows
+        )
+
+    def _swap(self, model: LoadedModel) -> None:
+        before = self.active
+        self.active = model
+        self.problem = None
+        self._retry.forget()
+        self._metrics.switches.labels("ok").inc()
+        self._metrics.serving(model.name, str(model.version), model.digest, model.runtime, model.precision)
+        _log.info("%s:%d answers now, before it %s", model.name, model.version, before.version if before else "nothing")
+        self._on_change(model)
+
+    def _failed(self, version: int | None, problem: Exception) -> None:
+        """Count and tell each failed load; a source that cannot be asked is told of once."""
+        if version is None and self.problem is not None:
+            return
+        what = f"version {version} was refused" if version is not None else "the source cannot be asked"
+        self.problem = f"{what}: {reason_of(problem)}"
+        self._metrics.switches.labels("failed").inc()
+        if version is not None:
+            self._retry.failed(version)
+        kept = f"version {self.active.version} goes on answering" if self.active else "nothing answers"
+        unexpected = None if isinstance(problem, FettleError) else problem
+        _log.error("%s: %s; %s", self._source.name, self.problem, kept, exc_info=unexpected)
+
+
+class _Backoff:
+    """When a version that failed may be tried again: at once if it is another one, else after a doubling wait."""
+
+    def __init__(self, first_s: float) -> None:
+        self._first_s = first_s
+        self.forget()
+
+    def forget(self) -> None:
+        self._version: int | None = None
+        self._wait_s = self._first_s
+        self._due = 0.0
+
+    def due(self, version: int) -> bool:
+        return version != self._version or time.monotonic() >= self._due
+
+    def failed(self, version: int) -> None:
+        if version != self._version:
+            self.forget()
+        self._version = version
+        self._due = time.monotonic() + self._wait_s
+        self._wait_s = min(self._wait_s * 2, _LONGEST_RETRY_S)
+
+
+def reason_of(problem: BaseException) -> str:
+    """The reason in words for `/health`, which anyone may read: without paths, and without internals of others.
+
+    >>> reason_of(FettleError("no manifest in /srv/fettle/blobs/ab"))
+    'no manifest in [path]'
+    >>> reason_of(ValueError("secret"))
+    'it failed with ValueError: see the log'
+    """
+    if not isinstance(problem, FettleError):
+        return f"it failed with {type(problem).__name__}: see the log"
+    return _PATH.sub("[path]", str(problem))[:500]

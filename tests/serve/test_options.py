@@ -1,0 +1,37 @@
+"""Options that cannot mean anything, and what the defaults are taken from."""
+
+import pytest
+
+from fettle.core.errors import UsageError
+from fettle.serve import options as module
+from fettle.serve.options import ServeOptions, available_cores
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"port": -1}, {"port": 65536}, {"workers": 0}, {"threads": 0}, {"max_batch_rows": 0}, {"max_body_bytes": 0},
+        {"max_queue_rows": 4, "max_batch_rows": 8}, {"request_timeout_s": 0}, {"request_timeout_s": float("nan")},
+        {"grace_s": -1}, {"drain_timeout_s": float("inf")}, {"poll_s": 0}, {"log_flush_s": 0}, {"max_connections": 0},
+    ],
+)  # fmt: skip
+def test_wrong_options(wrong):
+    with pytest.raises(UsageError, match=next(iter(wrong))):
+        ServeOptions(**wrong)
+
+
+def test_defaults_are_valid():
+    assert ServeOptions().workers == available_cores()
+    assert ServeOptions(grace_s=0.0).grace_s == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "cores"),
+    [("150000 100000", 2), ("50000 100000", 1), ("max 100000", 4), ("800000 100000", 4), ("", 4), ("1 0", 4)],
+)
+def test_a_containers_quota_counts(tmp_path, monkeypatch, text, cores):
+    path = tmp_path / "cpu.max"
+    path.write_text(text)
+    monkeypatch.setattr(module, "_CGROUP_CPU", path)
+    monkeypatch.setattr(module.os, "sched_getaffinity", lambda pid: {0, 1, 2, 3})
+    assert available_cores() == cores

@@ -1,0 +1,140 @@
+"""Following a source, step by step and without a server."""
+
+import gc
+import weakref
+
+import pytest
+
+from fettle.core.errors import CorruptArtifact, NotRegistered, RegistryError
+from fettle.serve.metrics import Metrics
+from fettle.serve.options import ServeOptions
+from fettle.serve.switch import Switch, reason_of
+
+
+@pytest.fixture
+def make(shelf):
+    def build(source=shelf, **options):
+        options = {"retry_s": 60.0, "poll_s": 0.01, **options}
+        return Switch(source, options=ServeOptions(**options), metrics=Metrics(), on_change=lambda model: None)
+
+    return build
+
+
+def counts(switch):
+    text = switch._metrics.render().decode()
+    return tuple(
+        int(float(text.split(f'fettle_switches_total{{result="{r}"}} ')[1].split()[0])) for r in ("ok", "failed")
+    )
+
+
+def test_loads_what_the_source_means(make):
+    switch = make()
+    assert (switch.active, switch.attempted) == (None, False)
+    switch.step()
+    assert switch.active.version == 1
+    assert (switch.problem, switch.attempted, counts(switch)) == (None, True, (1, 0))
+
+
+def test_does_nothing_where_nothing_changed(make):
+    switch = make()
+    switch.step()
+    before = switch.active
+    for _ in range(3):
+        switch.step()
+    assert switch.active is before
+    assert counts(switch) == (1, 0)
+
+
+def test_swaps_there_and_back(make, shelf):
+    switch = make()
+    for version in (1, 2, 1, 2):
+        shelf.point(version)
+        switch.step()
+        assert switch.active.version == version
+    assert counts(switch) == (4, 0)
+
+
+def test_the_old_model_is_freed(make, shelf):
+    switch = make()
+    switch.step()
+    old = weakref.ref(switch.active.runner)
+    shelf.point(2)
+    switch.step()
+    gc.collect()
+    assert old() is None
+
+
+def test_a_bad_version_changes_nothing(make, shelf):
+    switch = make()
+    switch.step()
+    before = switch.active
+    path = shelf.root / "2" / "model.onnx"
+    path.write_bytes(path.read_bytes()[:-5])
+    shelf.point(2)
+    for _ in range(5):
+        switch.step()
+    assert switch.active is before
+    assert switch.problem.startswith("version 2 was refused: model.onnx must have")
+    assert counts(switch) == (1, 1)
+
+
+def test_a_bad_version_is_forgotten_when_another_is_meant(make, shelf):
+    switch = make()
+    switch.step()
+    shelf.point(9)
+    switch.step()
+    assert "version 9 was refused" in switch.problem
+    shelf.point(1)
+    switch.step()
+    assert switch.problem is None
+    shelf.point(9)
+    switch.step()
+    assert counts(switch) == (1, 2)
+
+
+def test_a_bad_version_is_tried_again_after_a_wait(make, shelf, kit):
+    shelf.point(3)
+    switch = make(retry_s=0.01)
+    switch.step()
+    assert switch.active is None
+    kit.image_artifact(shelf.root / "3")
+    kit.until(lambda: switch.step() or switch.active is not None)
+    assert switch.active.version == 3
+
+
+def test_a_source_that_fails_is_told_of_once_and_keeps_the_old(make, shelf):
+    switch = make()
+    switch.step()
+    (shelf.root / "current").unlink()
+    for _ in range(5):
+        switch.step()
+    assert switch.active.version == 1
+    assert switch.problem.startswith("the source cannot be asked")
+    assert counts(switch) == (1, 1)
+    shelf.point(2)
+    switch.step()
+    assert switch.active.version == 2
+    assert switch.problem is None
+
+
+def test_close_stops_the_thread(make, kit):
+    switch = make()
+    switch.start()
+    kit.until(lambda: switch.active)
+    switch.close(10)
+    assert not switch._thread.is_alive()
+
+
+@pytest.mark.parametrize(
+    ("problem", "reason"),
+    [
+        (NotRegistered("no alias 'x'"), "no alias 'x'"),
+        (CorruptArtifact("see /srv/a/b c"), "see [path] c"),
+        (RegistryError("in '/srv/secret/x.db': locked"), "in '[path]': locked"),
+        (CorruptArtifact("got and/or"), "got and/or"),
+        (ValueError("/etc/passwd"), "it failed with ValueError: see the log"),
+        (CorruptArtifact("x" * 900), "x" * 500),
+    ],
+)
+def test_reasons_have_no_paths_and_no_internals(problem, reason):
+    assert reason_of(problem) == reason
