@@ -49,10 +49,11 @@ class RuntimeBase(ABC):
     computes: ClassVar[bool] = True
 
     @abstractmethod
-    def export(self, program: Any, directory: Path) -> None:
+    def export(self, program: Any, directory: Path, signature: Signature) -> None:
         """Write the model files of a `torch.export.ExportedProgram` into the directory.
 
-        The program's inputs and outputs are in the order of the signature. Raises ExportError.
+        The program's inputs and outputs are in the order of the signature, and are to be named as it says.
+        Raises ExportError.
         """
 
     @abstractmethod

@@ -1,0 +1,93 @@
+"""OpenVINO on the CPU."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import openvino
+
+from fettle.core.artifact import Artifact
+from fettle.core.errors import CorruptArtifact
+from fettle.core.runner import Runner, RuntimeBase
+from fettle.core.signature import Array, Signature
+
+# A kernel chosen for one batch size beats the one for any size by a fifth at batch 1; so many sizes are kept.
+_FIXED_SIZES = 8
+
+
+class OpenVino(RuntimeBase):
+    """Reads the same `model.onnx` as ONNX Runtime."""
+
+    precisions: ClassVar[frozenset[str]] = frozenset({"float", "int8"})
+
+    def export(self, program: Any, directory: Path, signature: Signature) -> None:
+        from fettle.runtime._onnx import FILE, write_onnx  # torch is needed to export, never to serve
+
+        write_onnx(
+            program,
+            directory / FILE,
+            inputs=[spec.name for spec in signature.inputs],
+            outputs=[spec.name for spec in signature.outputs],
+        )
+
+    def load(self, artifact: Artifact, *, threads: int) -> Runner:
+        try:
+            core = openvino.Core()
+            model = core.read_model(artifact.root / "model.onnx")
+            runner = _Compiled(core, model, artifact.manifest.signature, threads)
+        except Exception as problem:
+            first = next((line for line in str(problem).splitlines() if line.strip()), "")
+            raise CorruptArtifact(f"OpenVINO refuses model.onnx: {first}") from None
+        return runner
+
+
+class _Compiled(Runner):
+    """One compiled model for each of the first batch sizes seen, one of free size for the rest.
+
+    A request object holds its own buffers, so each thread has its own.
+    """
+
+    def __init__(self, core: Any, model: Any, signature: Signature, threads: int) -> None:
+        super().__init__(signature)
+        self._core, self._model = core, model
+        self._config = {
+            "INFERENCE_NUM_THREADS": threads,
+            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": 1,
+            # Unset, the engine computes in bfloat16 where the CPU has it: another answer than was measured.
+            "INFERENCE_PRECISION_HINT": "f32",
+            "ENABLE_CPU_PINNING": False,
+        }
+        self._names = [spec.name for spec in signature.outputs]
+        self._lock = threading.Lock()
+        self._free = core.compile_model(model, "CPU", self._config)
+        self._fixed: dict[int, Any] = {}
+        self._local = threading.local()
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        rows = next(iter(inputs.values())).shape[0]
+        requests = self._local.__dict__.setdefault("requests", {})
+        request = requests.get(rows)
+        if request is None:
+            compiled = self._compiled(rows)
+            request = requests.setdefault(rows if compiled is not self._free else 0, compiled.create_infer_request())
+        arrays = [np.ascontiguousarray(inputs[spec.name]) for spec in self.signature.inputs]
+        results = request.infer(arrays, share_inputs=True, share_outputs=False, decode_strings=False)
+        return dict(zip(self._names, results.to_tuple(), strict=True))
+
+    def _compiled(self, rows: int) -> Any:
+        with self._lock:
+            if rows not in self._fixed and len(self._fixed) < _FIXED_SIZES:
+                model = self._model.clone()
+                shapes = {}
+                for port in model.inputs:
+                    shape = port.get_partial_shape()
+                    shape[0] = rows
+                    shapes[port] = shape
+                model.reshape(shapes)
+                self._fixed[rows] = self._core.compile_model(model, "CPU", self._config)
+            return self._fixed.get(rows, self._free)
