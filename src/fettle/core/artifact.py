@@ -93,10 +93,12 @@ class Artifact:
         reference: what the monitor compares with: "probabilities" and "statistics", taken on validation data.
         manifest: its `files` are replaced by what the folder holds.
         """
-        safetensors.numpy.save_file({key: np.ascontiguousarray(golden[key]) for key in golden}, root / GOLDEN)
+        safetensors.numpy.save_file({key: np.array(golden[key], order="C") for key in golden}, root / GOLDEN)
         if reference is not None:
-            packed = {key: np.ascontiguousarray(reference[key]) for key in reference}
+            packed = {key: np.array(reference[key], order="C") for key in reference}
             safetensors.numpy.save_file(packed, root / REFERENCE)
+        for path in root.iterdir():
+            path.chmod(0o644)  # a container's user must be able to read what the builder wrote
         files = tuple(
             FileEntry(name=path.name, sha256=sha256_file(path), size_bytes=path.stat().st_size)
             for path in sorted(root.iterdir())

@@ -17,6 +17,7 @@ FettleError                     exit code 1 at the command line
 │   ├── NotRegistered           no such model, version or alias
 │   └── TamperedHistory         the audit log's hash chain is broken
 └── MonitorError                no reference, no log, an alert channel misconfigured
+    └── DeliveryFailed          a channel could not deliver (monitor/alerts/_base.py)
 """
 
 

@@ -1,4 +1,4 @@
-"""PyTorch itself, from a graph in JSON and weights in safetensors: the reference every other runtime must agree with."""
+"""PyTorch itself, from a graph in JSON and weights in safetensors: what every other runtime must agree with."""
 
 from __future__ import annotations
 
@@ -19,13 +19,22 @@ from fettle.core.runner import Runner, RuntimeBase
 from fettle.core.signature import Array, Signature
 
 _GRAPH, _WEIGHTS = "graph.json", "weights.safetensors"
-# torch resolves a target by getattr from its own module and a shape by sympy, which evaluates text. A graph from
-# elsewhere must reach neither: only operations, and only arithmetic on free sizes.
-_TARGET = re.compile(
-    r"torch\.ops\.(aten|quantized_decomposed|prims)\.\w+\.\w+|_operator\.(add|sub|mul|floordiv|mod|getitem|neg|eq|ne|ge|gt|le|lt)"
+# torch resolves a target by getattr from its own module, a size by sympy, which evaluates text, and a container by
+# importing the module it names. A graph from elsewhere must reach none of these: only operations, and only
+# arithmetic on free sizes.
+_OPERATION = re.compile(r"torch\.ops\.(aten|quantized_decomposed|prims)\.(\w+)\.(\w+)")
+_SCALAR = re.compile(
+    r"_operator\.(add|sub|mul|floordiv|mod|getitem|neg|eq|ne|ge|gt|le|lt|and_|or_)"
     r"|torch\.sym_(int|float|max|min|not|ite|sum)|math\.(ceil|floor|trunc)"
 )
-_EXPRESSION = re.compile(r"(?:\b(?:[su]\d+|\d+|FloorDiv|Mod|Max|Min|int_oo|True|False|Integer|Symbol|positive|integer)\b|'[su]\d+'|[-+*/(),= ])*")
+# No power, and no "**": sympy would try to write 9**9**9**9 out.
+_EXPRESSION = re.compile(
+    r"(?:\b(?:[su]\d+|\d+|Add|Mul|FloorDiv|CleanDiv|PythonMod|Mod|Max|Min|int_oo|True|False|Integer|Symbol"
+    r"|Eq|Ne|Ge|Gt|Le|Lt|Equality|Unequality|GreaterThan|StrictGreaterThan|LessThan|StrictLessThan"
+    r"|positive|nonnegative|integer)\b|'[su]\d+'|\*(?!\*)|[-+/(),= ])*"
+)
+_EXPRESSION_LIMIT = 1000
+_CONTAINERS = (None, "builtins.tuple", "builtins.list", "builtins.dict")
 
 
 class Eager(RuntimeBase):
@@ -37,14 +46,22 @@ class Eager(RuntimeBase):
         try:
             serializer = serialize.ExportedProgramSerializer()
             graph = serializer.serialize(program).exported_program
-            text = json.dumps(serialize._dataclass_to_dict(graph), cls=serialize.EnumEncoder, sort_keys=True)
+            plain = serialize._dataclass_to_dict(graph)  # type: ignore[no-untyped-call]
+            data = without_notes(json.loads(json.dumps(plain, cls=serialize.EnumEncoder)))
+            refuse_foreign(data)
         except Exception as problem:
             raise ExportError(f"the graph cannot be written as JSON: {problem}") from problem
+        text = json.dumps(data, sort_keys=True)
         write_atomic(directory / _GRAPH, text.encode())
-        tensors = {f"state:{name}": value for name, value in program.state_dict.items()}
+        tensors = {
+            f"{'parameter' if isinstance(value, torch.nn.Parameter) else 'buffer'}:{name}": value
+            for name, value in program.state_dict.items()
+        }
         tensors |= {f"constant:{name}": value for name, value in program.constants.items()}
         # Cloned: two names for one tensor are allowed in a model but not in the file.
-        safetensors.torch.save_file({k: v.detach().clone().contiguous() for k, v in tensors.items()}, directory / _WEIGHTS)
+        safetensors.torch.save_file(
+            {k: v.detach().clone().contiguous() for k, v in tensors.items()}, directory / _WEIGHTS
+        )
 
     def load(self, artifact: Artifact, *, threads: int) -> Runner:
         try:
@@ -52,19 +69,44 @@ class Eager(RuntimeBase):
             tensors = safetensors.torch.load_file(artifact.root / _WEIGHTS)
         except Exception as problem:
             raise CorruptArtifact(f"the model files cannot be read: {problem}") from None
-        refuse_foreign(data)
-        held: dict[str, dict[str, Any]] = {"state": {}, "constant": {}}
+        try:
+            refuse_foreign(data)
+        except RecursionError:
+            raise ForeignArtifact("a graph may not be nested this deep") from None
+        state: dict[str, torch.Tensor] = {}
+        constants: dict[str, torch.Tensor] = {}
         for name, tensor in tensors.items():
             kind, _, key = name.partition(":")
-            held.get(kind, {})[key] = tensor
+            if kind == "constant":
+                constants[key] = tensor
+            else:
+                state[key] = torch.nn.Parameter(tensor, requires_grad=False) if kind == "parameter" else tensor
         try:
-            graph = serialize._dict_to_dataclass(schema.ExportedProgram, data)
+            graph = serialize._dict_to_dataclass(schema.ExportedProgram, data)  # type: ignore[no-untyped-call]
             deserializer = serialize.ExportedProgramDeserializer()
-            program = deserializer.deserialize(graph, held["state"], held["constant"], None)
+            program = deserializer.deserialize(graph, state, constants, None)
         except Exception as problem:
             raise CorruptArtifact(f"torch refuses the graph: {type(problem).__name__}: {problem}") from None
         module = program.module(check_guards=False)
         return _Module(module, artifact.manifest.signature, threads)
+
+
+def without_notes(data: Any) -> Any:
+    """The graph without what torch notes about each node: source lines, paths and addresses, other in each process.
+
+    Guards go too: Python text that checks sizes, which the signature does.
+
+    >>> without_notes({"guards_code": ["L['x']"], "nodes": [{"target": "t", "metadata": {"stack_trace": "/home/me"}}]})
+    {'guards_code': [], 'nodes': [{'target': 't', 'metadata': {}}]}
+    """
+    if isinstance(data, list):
+        return [without_notes(item) for item in data]
+    if not isinstance(data, dict):
+        return data
+    # A tensor may be called "metadata" too; only a node has a target.
+    empty: dict[str, Any] = {"metadata": {}} if isinstance(data.get("target"), str) else {}
+    empty |= {"guards_code": []} if isinstance(data.get("guards_code"), list) else {}
+    return {key: empty[key] if key in empty else without_notes(value) for key, value in data.items()}
 
 
 def refuse_foreign(data: Any) -> None:
@@ -74,11 +116,15 @@ def refuse_foreign(data: Any) -> None:
     Traceback (most recent call last):
     fettle.core.errors.ForeignArtifact: a graph may only name ATen operations, got 'torch.os.system'
     """
+    if data != without_notes(data):
+        raise ForeignArtifact("a graph may hold no guards and no notes on its nodes, got some")
     for key, text in _texts(data):
-        if key == "target" and not _TARGET.fullmatch(text):
+        if key == "target" and not _is_operation(text):
             raise ForeignArtifact(f"a graph may only name ATen operations, got {text[:80]!r}")
-        if key == "expr_str" and not _EXPRESSION.fullmatch(text):
+        if key == "expr_str" and not _is_arithmetic(text):
             raise ForeignArtifact(f"a size may only be arithmetic on free sizes, got {text[:80]!r}")
+        if key in ("in_spec", "out_spec") and not _is_plain_container(text):
+            raise ForeignArtifact(f"a graph may only take and give nested tuples, lists and dicts, got {text[:80]!r}")
 
 
 def _texts(data: Any) -> Iterator[tuple[str, str]]:
@@ -91,6 +137,38 @@ def _texts(data: Any) -> Iterator[tuple[str, str]]:
     elif isinstance(data, list):
         for item in data:
             yield from _texts(item)
+
+
+def _is_operation(target: str) -> bool:
+    """Arithmetic on scalars, or an operation of torch that takes no file name: aten::from_file and aten::save do."""
+    match = _OPERATION.fullmatch(target)
+    if match is None:
+        return _SCALAR.fullmatch(target) is not None
+    library, name, overload = match.groups()
+    operation = getattr(getattr(getattr(torch.ops, library), name, None), overload, None)
+    if not isinstance(operation, torch._ops.OpOverload):
+        return False
+    return all(argument.name != "filename" for argument in operation._schema.arguments)
+
+
+def _is_arithmetic(text: str) -> bool:
+    return len(text) <= _EXPRESSION_LIMIT and _EXPRESSION.fullmatch(text) is not None
+
+
+def _is_plain_container(text: Any) -> bool:
+    """Whether a serialized tree, "[version, {type, context, children_spec}]", names only built-in containers."""
+    try:
+        _, tree = json.loads(text)
+        waiting = [tree]
+        while waiting:
+            node = waiting.pop()
+            keys = json.loads(node["context"] or "null")
+            if node["type"] not in _CONTAINERS or not all(isinstance(key, str | int) for key in keys or ()):
+                return False
+            waiting.extend(node["children_spec"])
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return False
+    return True
 
 
 class _Module(Runner):

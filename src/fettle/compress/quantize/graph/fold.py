@@ -9,7 +9,10 @@ import torch
 from fettle.compress.quantize.graph.constants import constant, is_constant, put_constant
 
 aten = torch.ops.aten
-FOLDABLE = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.linear.default)
+FOLDABLE = (
+    aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.linear.default,
+    aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding,
+)  # fmt: skip
 _BATCH_NORM = aten._native_batch_norm_legit_no_training.default
 
 

@@ -23,7 +23,7 @@ from fettle.compress.quantize.graph.constants import is_constant
 
 aten = torch.ops.aten
 
-CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default)
+CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv1d.padding, aten.conv2d.padding)
 ANCHORS = (*CONVOLUTIONS, aten.linear.default)
 FOLLOWERS = (
     aten.add.Tensor, aten.mul.Tensor, aten.cat.default, aten.relu.default, aten.hardtanh.default, aten.sigmoid.default,
@@ -33,7 +33,8 @@ FOLLOWERS = (
 MOVERS = (
     aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints, aten.transpose.int,
     aten.permute.default, aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default, aten.clone.default,
-    aten.slice.Tensor, aten.select.int, aten.expand.default, aten.constant_pad_nd.default, aten.max_pool2d.default,
+    aten.slice.Tensor, aten.select.int, aten.expand.default, aten.pad.default, aten.max_pool1d.default,
+    aten.max_pool2d.default,
     aten.adaptive_max_pool2d.default, aten.upsample_nearest2d.vec, aten.alias.default,
 )  # fmt: skip
 # Float operations whose integer form would matter for speed; the others (comparisons, shapes) are not worth a line.
@@ -132,7 +133,7 @@ def _integer_domain(nodes: list[Node], anchors: set[Node]) -> set[Node]:
             continue
         if node.op == "placeholder" or (node in anchors and node.target in CONVOLUTIONS):
             capable.add(node)
-        elif node.target in MOVERS and node.args[0] in capable and _keeps_zero(node):
+        elif node.target in MOVERS and node.args[0] in capable and _keeps_range(node):
             capable.add(node)
         elif node.target in FOLLOWERS:
             operands = tensor_operands(node)
@@ -146,9 +147,12 @@ def _integer_domain(nodes: list[Node], anchors: set[Node]) -> set[Node]:
     return {node for node in capable if node in wanted or (node in anchors and not _feeds_output_only(node))}
 
 
-def _keeps_zero(node: Node) -> bool:
-    """A pad may bring in a value outside the tensor's range, unless it is zero."""
-    return node.target != aten.constant_pad_nd.default or len(node.args) < 3 or node.args[2] in (0, 0.0)
+def _keeps_range(node: Node) -> bool:
+    """A pad with a constant may bring in a value outside the tensor's range, unless it is zero."""
+    if node.target != aten.pad.default:
+        return True
+    mode, value = (*node.args[2:], *("constant", None)[len(node.args) - 2 :])
+    return mode != "constant" or value in (None, 0)
 
 
 def _feeds_output_only(node: Node) -> bool:

@@ -1,0 +1,58 @@
+"""Runs in `.peers/fastapi`: a `def` handler, which FastAPI runs in its thread pool, under uvicorn with its C parts.
+
+usage: fastapi_server.py PORT WORKERS
+"""
+
+import os
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import anyio.to_thread
+import uvicorn
+from classify import from_environment
+from fastapi import FastAPI
+from pydantic import BaseModel, Field
+
+
+class Question(BaseModel):
+    image: str
+
+
+class Answer(BaseModel):
+    label: str = Field(alias="class")
+    index: int
+    confidence: float
+    probabilities: list[float]
+
+
+@asynccontextmanager
+async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    app.state.classifier = from_environment()
+    threads = int(os.environ.get("SERVE_THREADS", "0"))
+    if threads:
+        anyio.to_thread.current_default_thread_limiter().total_tokens = threads
+    yield
+
+
+app = FastAPI(lifespan=lifespan)
+
+
+@app.post("/predict")
+def predict(question: Question) -> Answer:
+    classifier = app.state.classifier
+    row = classifier.decode(question.image)
+    return Answer.model_validate(classifier.answer(classifier.infer(row[None])[0]))
+
+
+if __name__ == "__main__":
+    port, workers = map(int, sys.argv[1:])
+    uvicorn.run(
+        "fastapi_server:app",
+        port=port,
+        workers=workers,
+        loop="uvloop",
+        http="httptools",
+        access_log=False,
+        log_level="warning",
+    )

@@ -1,0 +1,1 @@
+"""What the pipeline does between the rooms: build candidates, measure them, describe the machine."""

@@ -1,0 +1,163 @@
+"""From a task and a recipe to sealed artifacts, one for each runtime that executes the precision."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fettle.compress.capture import export_program
+from fettle.compress.step import Context, Step
+from fettle.core import plugins
+from fettle.core.artifact import Artifact, Manifest
+from fettle.core.observation import input_statistics
+from fettle.core.recipe import Recipe, StepSpec
+from fettle.core.report import Measurement
+from fettle.core.runner import Runner, RuntimeBase
+from fettle.core.signature import Array, Signature
+from fettle.evaluate.metric import measure_metric
+from fettle.stages.machine import describe_hardware, describe_versions
+from fettle.stages.task import Task
+
+_GOLDEN_ROWS = 8
+_REFERENCE_ROWS = 5000
+# Another CPU, or another batch size, may round an int8 step the other way; float differs by accumulation order only.
+_TOLERANCES = {"float": 1e-3, "int8": 0.05}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Built:
+    """A sealed artifact with what it answered on the validation split."""
+
+    artifact: Artifact
+    runner: Runner
+    metric: Measurement
+    outputs: Array
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A recipe carried out on the model, before any runtime: the program and what the steps had to say."""
+
+    recipe: Recipe
+    precision: str
+    program: torch.export.ExportedProgram
+    notes: tuple[str, ...]
+
+
+def prepare(task: Task, recipe: Recipe) -> Prepared:
+    """Apply the recipe's steps in order. Raises what they raise."""
+    if not recipe.steps:
+        return Prepared(recipe=recipe, precision="float", program=task.program, notes=())
+    notes: list[str] = []
+    model, precision = task.model, "float"
+    for spec in recipe.steps:
+        step = load_step(spec)
+        context = Context(
+            example=task.example,
+            calibration=task.calibration_batches(),
+            seed=recipe.seed,
+            note=notes.append,
+            progress=lambda share, name=spec.name: task.progress(name, share),  # type: ignore[misc]
+        )
+        model = step.apply(model, context)
+        precision = step.precision or precision
+    program = export_program(model, task.example)
+    return Prepared(recipe=recipe, precision=precision, program=program, notes=tuple(notes))
+
+
+def load_step(spec: StepSpec) -> Step:
+    """The step of that name, such as "quantize.post_training", with these parameters. Raises UsageError."""
+    package, _, name = spec.name.rpartition(".")
+    step = plugins.load(f"fettle.compress.{package}", name, Step).from_spec(spec)
+    assert isinstance(step, Step)
+    return step
+
+
+def build(task: Task, prepared: Prepared, runtime_name: str, *, root: Path, parent: str, signature: Signature) -> Built:
+    """Export, load, run over the validation split, seal. Raises ExportError, CorruptArtifact, DataError."""
+    runtime = plugins.load("fettle.runtime", runtime_name, RuntimeBase)()
+    shutil.rmtree(root, ignore_errors=True)
+    root.mkdir(parents=True)
+    runtime.export(prepared.program, root, signature)
+    manifest = Manifest(
+        runtime=runtime_name,
+        precision=prepared.precision,
+        signature=signature,
+        files=(),
+        recipe=prepared.recipe,
+        left_float=prepared.notes,
+        provenance=_provenance(task, prepared, parent),
+    )
+    # Not sealed yet: its golden outputs are its own answers, so it must run first.
+    runner = runtime.load(Artifact(digest="", manifest=manifest, root=root), threads=task.threads)
+    metric, outputs = measure_metric(lambda inputs: runner(*inputs), task.validation, task.metric, seed=task.seed)
+    golden = _golden(task, runner)
+    largest = max((float(np.abs(v).max(initial=0.0)) for k, v in golden.items() if k.startswith("output:")), default=1.0)
+    tolerance = _TOLERANCES.get(prepared.precision, 1e-3) * max(largest, 1.0)
+    artifact = Artifact.seal(
+        root, replace(manifest, tolerance=tolerance), golden=golden, reference=_reference(task, signature, outputs)
+    )
+    return Built(artifact=artifact, runner=runner, metric=metric, outputs=outputs)
+
+
+def first_rows(task: Task, rows: int) -> dict[str, Array]:
+    """The first rows of the validation split, repeated where it has fewer, by input name."""
+    parts: list[tuple[Array, ...]] = []
+    for inputs, _ in task.validation:
+        parts.append(inputs)
+        if sum(len(part[0]) for part in parts) >= rows:
+            break
+    joined = [np.concatenate(columns) for columns in zip(*parts, strict=True)]
+    wanted = np.arange(rows) % len(joined[0])
+    return {spec.name: array[wanted] for spec, array in zip(task.signature.inputs, joined, strict=True)}
+
+
+def _golden(task: Task, runner: Runner) -> dict[str, Array]:
+    inputs = first_rows(task, _GOLDEN_ROWS)
+    outputs = runner.run(inputs)
+    named = {f"input:{name}": array for name, array in inputs.items()}
+    return named | {f"output:{name}": np.array(array) for name, array in outputs.items()}
+
+
+def _reference(task: Task, signature: Signature, outputs: Array) -> dict[str, Array] | None:
+    """What the monitor will compare with; None where the outputs are no class probabilities."""
+    if outputs.ndim != 2 or outputs.dtype.kind != "f" or signature.activation == "none" and not _sums_to_one(outputs):
+        return None
+    statistics: list[Array] = []
+    for inputs, _ in task.validation:
+        statistics.append(input_statistics(inputs[0]))
+        if sum(map(len, statistics)) >= _REFERENCE_ROWS:
+            break
+    probabilities = signature.probabilities(outputs[:_REFERENCE_ROWS]).astype(np.float32)
+    return {"probabilities": probabilities, "statistics": np.concatenate(statistics)[: len(probabilities)]}
+
+
+def _sums_to_one(outputs: Array) -> bool:
+    inside = bool((outputs >= -1e-6).all() and (outputs <= 1 + 1e-6).all())
+    return inside and bool(np.allclose(outputs.sum(axis=1), 1.0, atol=1e-3))
+
+
+def with_activation(signature: Signature, outputs: Array, *, classification: bool) -> Signature:
+    """Softmax is for the server to apply where a classifier's outputs are scores, not yet probabilities."""
+    scores = classification and outputs.ndim == 2 and outputs.dtype.kind == "f" and not _sums_to_one(outputs)
+    return replace(signature, activation="softmax" if scores else "none")
+
+
+def _provenance(task: Task, prepared: Prepared, parent: str) -> dict[str, Any]:
+    known = {
+        "recipe": prepared.recipe.digest,
+        "data.validation": task.validation.digest,
+        "hardware": describe_hardware(),
+        "seed": str(task.seed),
+        "threads": str(task.threads),
+    }
+    if prepared.recipe.steps:
+        known["data.calibration"] = task.calibration.digest
+    if parent:
+        known["parent"] = parent
+    return known | {f"version.{package}": version for package, version in describe_versions().items()}
