@@ -15,6 +15,7 @@ from typing import Any, TypedDict, Unpack
 import torch
 
 from fettle.core.home import Home
+from fettle.core.machine import describe_hardware, describe_versions
 from fettle.core.names import check_name
 from fettle.core.project import Project
 from fettle.core.recipe import Budget
@@ -24,7 +25,6 @@ from fettle.evaluate.comparison import Comparison, SplitUse
 from fettle.evaluate.html import write_html
 from fettle.evaluate.pareto import front_of
 from fettle.registry import Registry
-from fettle.stages.machine import describe_hardware, describe_versions
 from fettle.stages.measure import Trial, final, measure
 from fettle.stages.task import Progress, Sources, Task, make_task
 from fettle.stages.trials import BASELINE, try_all
@@ -113,7 +113,7 @@ def optimize(
     )
     root = home.runs / name
     tried = try_all(task, root, runtimes=wishes.get("runtimes", ()))
-    task.progress("latency, side by side", 0.0)
+    task.progress("latency, side by side", 0.9)
     trials, failures = measure(task, tried.built, baseline=BASELINE)
     for label, reason in failures.items():
         manifest = tried.built[label].artifact.manifest
@@ -121,7 +121,7 @@ def optimize(
     baseline = next(trial for trial in trials if trial.candidate.label == BASELINE)
     picked = choose([trial.candidate for trial in trials], task.budget, baseline.candidate)
     best = next(trial for trial in trials if trial.candidate.label == picked.label)
-    task.progress("final figures", 0.0)
+    task.progress("final figures", 0.95)
     runners = {label: entry.runner for label, entry in tried.built.items()}
     best_final, baseline_final = final(task, best, baseline, runners)
     if wishes.get("register", True):
@@ -135,8 +135,10 @@ def optimize(
         met_floor=missed is None,
         sentences=tuple(
             sentence
-            for sentence in (*describe(best_final.candidate, baseline_final.candidate, missed=missed),
-                             describe_precision(candidates))
+            for sentence in (
+                *describe(best_final.candidate, baseline_final.candidate, missed=missed),
+                describe_precision(candidates),
+            )
             if sentence
         ),
         best=best_final.candidate,
@@ -167,7 +169,11 @@ def optimize_project(project: Project, *, home: Home, progress: Progress | None 
     file = project.file
     loaders = {
         key: None if reference is None else (lambda key=key, ref=reference: project.call(f"data.{key}", ref))
-        for key, reference in (("validation", file.data.validation), ("train", file.data.train), ("test", file.data.test))
+        for key, reference in (
+            ("validation", file.data.validation),
+            ("train", file.data.train),
+            ("test", file.data.test),
+        )
     }
     for key, reference in (("validation", file.data.validation), ("train", file.data.train), ("test", file.data.test)):
         if reference is not None:

@@ -41,8 +41,11 @@ def export_program(model: torch.nn.Module, example: Tensors) -> ExportedProgram:
     try:
         with quiet(), torch.no_grad():
             batch = Dim("batch")
-            program = export(model, inputs, dynamic_shapes=(tuple({0: batch} for _ in inputs),), strict=False) \
-                if _takes_varargs(model) else export(model, inputs, dynamic_shapes=tuple({0: batch} for _ in inputs))
+            program = (
+                export(model, inputs, dynamic_shapes=(tuple({0: batch} for _ in inputs),), strict=False)
+                if _takes_varargs(model)
+                else export(model, inputs, dynamic_shapes=tuple({0: batch} for _ in inputs))
+            )
             return program.run_decompositions({})
     except Exception as problem:
         first = str(problem).strip().splitlines()[0] if str(problem).strip() else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,13 @@ from fettle.compress.capture import export_program
 from fettle.compress.step import Context, Step
 from fettle.core import plugins
 from fettle.core.artifact import Artifact, Manifest
+from fettle.core.machine import describe_hardware, describe_versions
 from fettle.core.observation import input_statistics
 from fettle.core.recipe import Recipe, StepSpec
 from fettle.core.report import Measurement
 from fettle.core.runner import Runner, RuntimeBase
 from fettle.core.signature import Array, Signature
 from fettle.evaluate.metric import measure_metric
-from fettle.stages.machine import describe_hardware, describe_versions
 from fettle.stages.task import Task
 
 _GOLDEN_ROWS = 8
@@ -49,20 +50,20 @@ class Prepared:
     notes: tuple[str, ...]
 
 
-def prepare(task: Task, recipe: Recipe) -> Prepared:
-    """Apply the recipe's steps in order. Raises what they raise."""
+def prepare(task: Task, recipe: Recipe, *, progress: Callable[[float], None] = lambda share: None) -> Prepared:
+    """Apply the recipe's steps in order; `progress` is told the share of them that is done. Raises what they raise."""
     if not recipe.steps:
         return Prepared(recipe=recipe, precision="float", program=task.program, notes=())
     notes: list[str] = []
     model, precision = task.model, "float"
-    for spec in recipe.steps:
+    for index, spec in enumerate(recipe.steps):
         step = load_step(spec)
         context = Context(
             example=task.example,
             calibration=task.calibration_batches(),
             seed=recipe.seed,
             note=notes.append,
-            progress=lambda share, name=spec.name: task.progress(name, share),  # type: ignore[misc]
+            progress=lambda share, index=index: progress((index + share) / len(recipe.steps)),  # type: ignore[misc]
         )
         model = step.apply(model, context)
         precision = step.precision or precision
@@ -97,7 +98,9 @@ def build(task: Task, prepared: Prepared, runtime_name: str, *, root: Path, pare
     runner = runtime.load(Artifact(digest="", manifest=manifest, root=root), threads=task.threads)
     metric, outputs = measure_metric(lambda inputs: runner(*inputs), task.validation, task.metric, seed=task.seed)
     golden = _golden(task, runner)
-    largest = max((float(np.abs(v).max(initial=0.0)) for k, v in golden.items() if k.startswith("output:")), default=1.0)
+    largest = max(
+        (float(np.abs(v).max(initial=0.0)) for k, v in golden.items() if k.startswith("output:")), default=1.0
+    )
     tolerance = _TOLERANCES.get(prepared.precision, 1e-3) * max(largest, 1.0)
     artifact = Artifact.seal(
         root, replace(manifest, tolerance=tolerance), golden=golden, reference=_reference(task, signature, outputs)
@@ -126,7 +129,9 @@ def _golden(task: Task, runner: Runner) -> dict[str, Array]:
 
 def _reference(task: Task, signature: Signature, outputs: Array) -> dict[str, Array] | None:
     """What the monitor will compare with; None where the outputs are no class probabilities."""
-    if outputs.ndim != 2 or outputs.dtype.kind != "f" or signature.activation == "none" and not _sums_to_one(outputs):
+    if outputs.ndim != 2 or outputs.dtype.kind != "f":
+        return None
+    if signature.activation == "none" and not _sums_to_one(outputs):
         return None
     statistics: list[Array] = []
     for inputs, _ in task.validation:

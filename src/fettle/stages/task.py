@@ -96,7 +96,9 @@ def signature_of(
     outputs = []
     for index, value in enumerate(values):
         if not isinstance(value, torch.Tensor) or value.ndim == 0:
-            raise CaptureError(f"output {index} of the model must be a tensor with a row for each input row, got {value}")
+            raise CaptureError(
+                f"output {index} of the model must be a tensor with a row for each input row, got {value}"
+            )
         name = "output" if len(values) == 1 else f"output_{index}"
         spec = _spec(name if name not in taken else f"{name}_", value)
         if spec.shape[0] != "batch":

@@ -14,7 +14,7 @@ from fettle.compress.quantize.calibrate._base import Observer
 from fettle.compress.quantize.graph.convert import insert_quantizers
 from fettle.compress.quantize.graph.fold import fold_batch_norm
 from fettle.compress.quantize.graph.placement import place
-from fettle.compress.quantize.numerics.affine import Affine, affine_for_range
+from fettle.compress.quantize.numerics.affine import affine_for_range
 from fettle.compress.step import Context, Step, Tensors
 from fettle.core import plugins
 from fettle.core.errors import DataError, UsageError
@@ -69,7 +69,9 @@ class PostTraining(Step):
         layers = {layer_of(node) for node in graph.graph.nodes if node.op == "call_function"}
         for name in self.keep_float:
             if name not in layers:
-                raise UsageError(f"keep_float names no layer of the model: '{name}'. Layers: {', '.join(sorted(layers))}")
+                raise UsageError(
+                    f"keep_float names no layer of the model: '{name}'. Layers: {', '.join(sorted(layers))}"
+                )
 
 
 def calibrate(graph: torch.fx.GraphModule, observers: dict[Node, Observer], context: Context, *, limit: int) -> None:
@@ -111,6 +113,8 @@ class _Watcher(Interpreter):
         if observer is not None:
             if not torch.isfinite(value).all():
                 where = "the inputs" if n.op == "placeholder" else f"the output of {layer_of(n)}"
-                raise DataError(f"calibration data must stay finite, got NaN or infinity in {where} of batch {self.batch}")
+                raise DataError(
+                    f"calibration data must stay finite, got NaN or infinity in {where} of batch {self.batch}"
+                )
             observer.update(value)
         return value

@@ -6,6 +6,7 @@ ExecuTorch all read: a graph that holds them is quantized once and runs in any o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -13,7 +14,7 @@ import torch.ao.quantization.fx._decomposed  # NOTE: only registers the operatio
 from torch.fx import Node
 
 from fettle.compress.quantize.graph.constants import constant, put_constant
-from fettle.compress.quantize.graph.placement import Placement, fused_relu
+from fettle.compress.quantize.graph.placement import Placement, fused
 from fettle.compress.quantize.numerics.affine import Affine, channel_scales, quantize_channels
 
 aten = torch.ops.aten
@@ -28,16 +29,16 @@ def insert_quantizers(graph: torch.fx.GraphModule, placement: Placement, paramet
         assert isinstance(operand, Node)
         _quantize_weight(graph, anchor, parameters[sources[operand]])
     for node, source in sources.items():
-        readers = set(node.users) if node in placement.hard else placement.soft[node]
-        _insert_pair(graph, node, parameters[source], readers)
+        readers = node.users if node in placement.hard else placement.soft[node]
+        _insert_pair(graph, node, parameters[source], list(readers))
     for node in placement.hard:
-        _absorb_relu(graph, node, parameters[sources[node]])
+        _absorb_clip(graph, node, parameters[sources[node]])
     graph.graph.eliminate_dead_code()
     graph.graph.lint()
     graph.recompile()
 
 
-def _insert_pair(graph: torch.fx.GraphModule, node: Node, affine: Affine, readers: set[Node]) -> None:
+def _insert_pair(graph: torch.fx.GraphModule, node: Node, affine: Affine, readers: list[Node]) -> None:
     arguments = (affine.scale, affine.zero_point, affine.lowest, affine.highest, torch.uint8)
     with graph.graph.inserting_after(node):
         quantized = graph.graph.call_function(qdq.quantize_per_tensor.default, (node, *arguments))
@@ -49,15 +50,36 @@ def _insert_pair(graph: torch.fx.GraphModule, node: Node, affine: Affine, reader
     quantized.replace_input_with(result, node)
 
 
-def _absorb_relu(graph: torch.fx.GraphModule, node: Node, affine: Affine) -> None:
-    """A ReLU before a quantizer whose zero point is its lowest step does nothing: clamping already does it."""
-    if node.target != aten.relu.default or affine.zero_point != affine.lowest:
+def _absorb_clip(graph: torch.fx.GraphModule, node: Node, affine: Affine) -> None:
+    """A clip before a quantizer that cuts off at least as much does nothing."""
+    limits = _limits(node)
+    if limits is None:
+        return
+    low = (affine.lowest - affine.zero_point) * affine.scale
+    high = (affine.highest - affine.zero_point) * affine.scale
+    # The largest step may lie a rounding error above the limit that it stands for.
+    slack = affine.scale * 1e-3
+    if low < limits[0] - slack or high > limits[1] + slack:
         return
     source = node.args[0]
     assert isinstance(source, Node)
-    if len(node.users) == 1 and fused_relu(source) is node:
+    if len(node.users) == 1 and fused(source) is node:
         node.replace_all_uses_with(source)
         graph.graph.erase_node(node)
+
+
+def _limits(clip: Node) -> tuple[float, float] | None:
+    """Where a clip cuts off, or None for any other node, and for limits that are tensors or computed."""
+    if clip.target == aten.relu.default:
+        return 0.0, math.inf
+    if clip.target == aten.relu6.default:
+        return 0.0, 6.0
+    defaults = {aten.hardtanh.default: (-1.0, 1.0), aten.clamp.default: (None, None)}.get(clip.target)
+    if defaults is None or clip.kwargs:
+        return None
+    low, high = (*clip.args[1:], *defaults[len(clip.args) - 1 :])
+    numbers = (-math.inf if low is None else low, math.inf if high is None else high)
+    return numbers if all(isinstance(end, int | float) for end in numbers) else None  # type: ignore[return-value]
 
 
 def _quantize_weight(graph: torch.fx.GraphModule, anchor: Node, operand: Affine) -> None:
@@ -89,9 +111,7 @@ def _quantize_weight(graph: torch.fx.GraphModule, anchor: Node, operand: Affine)
         anchor.args = (anchor.args[0], weight_node, bias_node, *anchor.args[3:])
 
 
-def _replace_linear(
-    graph: torch.fx.GraphModule, anchor: Node, weight: Node, bias: Node | None, *, wide: bool
-) -> None:
+def _replace_linear(graph: torch.fx.GraphModule, anchor: Node, weight: Node, bias: Node | None, *, wide: bool) -> None:
     """In place, so that the placement's sets keep naming this node."""
     operand = anchor.args[0]
     assert isinstance(operand, Node)

@@ -25,18 +25,22 @@ aten = torch.ops.aten
 
 CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv1d.padding, aten.conv2d.padding)
 ANCHORS = (*CONVOLUTIONS, aten.linear.default)
+# Activations that only cut off: an engine fuses one with the layer before it, whose output is then rounded once.
+CLIPS = (aten.relu.default, aten.relu6.default, aten.hardtanh.default, aten.clamp.default)
 FOLLOWERS = (
-    aten.add.Tensor, aten.mul.Tensor, aten.cat.default, aten.relu.default, aten.hardtanh.default, aten.sigmoid.default,
+    *CLIPS, aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.cat.default, aten.sigmoid.default,
     aten.hardsigmoid.default, aten.hardswish.default, aten.silu.default, aten.leaky_relu.default, aten.mean.dim,
-    aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default, aten.adaptive_avg_pool1d.default,
+    aten.avg_pool1d.default, aten.avg_pool2d.default, aten.adaptive_avg_pool1d.default,
+    aten.adaptive_avg_pool2d.default,
 )  # fmt: skip
 MOVERS = (
     aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints, aten.transpose.int,
     aten.permute.default, aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default, aten.clone.default,
     aten.slice.Tensor, aten.select.int, aten.expand.default, aten.pad.default, aten.max_pool1d.default,
-    aten.max_pool2d.default,
-    aten.adaptive_max_pool2d.default, aten.upsample_nearest2d.vec, aten.alias.default,
+    aten.max_pool2d.default, aten.upsample_nearest2d.vec, aten.pixel_shuffle.default, aten.flip.default,
+    aten.repeat.default, aten.amax.default, aten.alias.default,
 )  # fmt: skip
+_BINARY = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor)
 # Float operations whose integer form would matter for speed; the others (comparisons, shapes) are not worth a line.
 _HEAVY = {
     aten.scaled_dot_product_attention.default: "attention",
@@ -63,11 +67,13 @@ class Placement:
     hard: tensors quantized for all readers; soft: tensor -> the readers that take the quantized value.
     shared: mover -> the tensor whose parameters it shares; every key is itself in `hard` or `soft`.
     left_float: one sentence for each layer that stays float.
+
+    Dictionaries stand for sets, whose order would differ from run to run, and the written file with it.
     """
 
     anchors: list[Node] = field(default_factory=list)
-    hard: set[Node] = field(default_factory=set)
-    soft: dict[Node, set[Node]] = field(default_factory=dict)
+    hard: dict[Node, None] = field(default_factory=dict)
+    soft: dict[Node, dict[Node, None]] = field(default_factory=dict)
     shared: dict[Node, Node] = field(default_factory=dict)
     left_float: tuple[str, ...] = ()
 
@@ -81,18 +87,20 @@ def place(graph: torch.fx.GraphModule, *, keep_float: Iterable[str] = ()) -> Pla
     """Decide for a graph with batch-norm already folded. `keep_float` names layers to leave alone."""
     kept = set(keep_float)
     nodes = list(graph.graph.nodes)
-    anchors = [node for node in nodes if node.target in ANCHORS and reason_against(node, kept) is None]
+    anchors = {node: None for node in nodes if node.target in ANCHORS and reason_against(node, kept) is None}
     integer = _integer_domain(nodes, set(anchors))
-    placement = Placement(anchors=anchors)
+    placement = Placement(anchors=list(anchors))
     for node in nodes:
-        if node in integer and (node.target in CONVOLUTIONS or node.target in FOLLOWERS):
+        follows = node in integer and (node.target in CONVOLUTIONS or node.target in FOLLOWERS)
+        # A linear layer writes float, for a residual branch; but with a clip after it engines fuse only integers.
+        if follows or (node in anchors and fused(node) is not node):
             _quantize_output(placement, node)
     for node in nodes:
-        if node in integer and node.target in FOLLOWERS:
+        if node in anchors:
+            _quantize_operand(placement, node.args[0], node, integer)
+        elif node in integer and node.target in FOLLOWERS and not _is_fused(node, integer):
             for operand in tensor_operands(node):
                 _quantize_operand(placement, operand, node, integer)
-        elif node in placement.anchors:
-            _quantize_operand(placement, node.args[0], node, integer)
     placement.left_float = tuple(_left_float(nodes, set(anchors), kept))
     return placement
 
@@ -118,10 +126,16 @@ def reason_against(node: Node, kept: set[str] = frozenset()) -> str | None:  # t
     return None
 
 
-def fused_relu(node: Node) -> Node:
-    """The ReLU that alone reads this node, else the node: nothing is quantized between the two."""
+def fused(node: Node) -> Node:
+    """The clip that alone reads this node, else the node: nothing is quantized between the two."""
     users = list(node.users)
-    return users[0] if len(users) == 1 and users[0].target == aten.relu.default else node
+    return users[0] if len(users) == 1 and users[0].target in CLIPS else node
+
+
+def _is_fused(clip: Node, integer: set[Node]) -> bool:
+    """Whether this is a clip that an integer operation before it takes along."""
+    source = clip.args[0]
+    return isinstance(source, Node) and fused(source) is clip and source in integer and source.target not in MOVERS
 
 
 def _integer_domain(nodes: list[Node], anchors: set[Node]) -> set[Node]:
@@ -137,14 +151,15 @@ def _integer_domain(nodes: list[Node], anchors: set[Node]) -> set[Node]:
             capable.add(node)
         elif node.target in FOLLOWERS:
             operands = tensor_operands(node)
-            scalar = node.target in (aten.add.Tensor, aten.mul.Tensor) and len(operands) < 2
+            scalar = node.target in _BINARY and len(operands) < 2
             if operands and not scalar and all(operand in capable for operand in operands):
                 capable.add(node)
     wanted: set[Node] = set()
     for node in reversed(nodes):
-        if any(user in wanted if user.target not in ANCHORS else user in anchors for user in node.users):
-            wanted.add(node) if node.op != "call_function" or node in capable else None
-    return {node for node in capable if node in wanted or (node in anchors and not _feeds_output_only(node))}
+        read = any(user in anchors or (user in wanted and user.target not in ANCHORS) for user in node.users)
+        if read and node in capable:
+            wanted.add(node)
+    return wanted | {node for node in anchors if node in capable and not _feeds_output_only(node)}
 
 
 def _keeps_range(node: Node) -> bool:
@@ -156,31 +171,25 @@ def _keeps_range(node: Node) -> bool:
 
 
 def _feeds_output_only(node: Node) -> bool:
-    return all(user.op == "output" for user in fused_relu(node).users)
+    return all(user.op == "output" for user in fused(node).users)
 
 
 def _quantize_output(placement: Placement, node: Node) -> None:
-    """A convolution or follower writes integers, after the ReLU that it is fused with."""
-    last = fused_relu(node)
-    if not all(user.op == "output" for user in last.users):
-        placement.hard.add(last)
+    """A convolution or follower writes integers, after the clip that it is fused with."""
+    if not _feeds_output_only(node):
+        placement.hard[fused(node)] = None
 
 
 def _quantize_operand(placement: Placement, operand: object, reader: Node, integer: set[Node]) -> None:
     """The reader takes this operand in integers; a mover in between shares the parameters of its source."""
     if not isinstance(operand, Node) or operand in placement.hard:
         return
-    if operand.target == aten.relu.default and fused_relu(operand.args[0]) is operand and operand.args[0] in integer:  # type: ignore[arg-type]
-        return  # the pair is one operation; its output was placed already
-    if isinstance(reader.target, object) and reader.target == aten.relu.default and fused_relu(operand) is reader:
-        return
     if operand.target in MOVERS and operand in integer:
         source = operand.args[0]
         assert isinstance(source, Node)
         _quantize_operand(placement, source, operand, integer)
-        if source in placement.hard or operand in placement.soft.get(source, ()):
-            placement.shared[operand] = placement.shared.get(source, source)
-    placement.soft.setdefault(operand, set()).add(reader)
+        placement.shared[operand] = placement.shared.get(source, source)
+    placement.soft.setdefault(operand, {})[reader] = None
 
 
 def _left_float(nodes: list[Node], anchors: set[Node], kept: set[str]) -> list[str]:

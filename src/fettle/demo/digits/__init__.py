@@ -1,0 +1,1 @@
+"""A fettle project as a user would write it: fettle.toml, model.py, data.py."""
