@@ -1,4 +1,4 @@
-"""What is served: ResNet-20 quantized by fettle, sealed for ONNX Runtime and for OpenVINO, and JPEGs to ask it about."""
+"""What is served: ResNet-20 quantized by fettle, sealed for ONNX Runtime and for OpenVINO; and JPEGs to ask about."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The peers' work on one request, without any server: base64 JPEG to class, as fettle does it and as fast.
 
-Reads `model.onnx` and `task.json` (classes, mean, std, input) from the folder in SERVE_FOLDER. Runs in the peers' environments.
+Reads `model.onnx` and `task.json` (classes, mean, std, input) from a folder. Runs in the peers' environments.
 """
 
 from __future__ import annotations

@@ -34,5 +34,9 @@ def main() -> None:
     except FettleError as problem:
         sys.stderr.write(f"fettle: {problem}\n")
         sys.exit(problem.exit_code)
+    except OSError as problem:  # the disk is full, a folder is not ours: nothing a traceback would explain
+        what = f"{problem.filename}: " if problem.filename else ""
+        sys.stderr.write(f"fettle: {what}{problem.strerror or problem}\n")
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

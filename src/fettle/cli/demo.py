@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 def demo(as_json: AsJson = False) -> None:
     """The whole loop on embedded data: train, optimize, register, serve, watch, promote, roll back."""
     try:
+        import sklearn.datasets  # noqa: F401  the project's own import of it would be told as the project's mistake
+
         from fettle.demo.run import run_demo
     except ModuleNotFoundError as problem:
         raise missing_extra("fettle demo", problem) from None

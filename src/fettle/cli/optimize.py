@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated
 
@@ -28,7 +30,8 @@ def optimize(
         from fettle.pipeline import optimize_project
     except ModuleNotFoundError as problem:
         raise missing_extra("fettle optimize", problem) from None
-    with progress_bar() as progress:
+    # A project that prints while it trains must not break the JSON.
+    with redirect_stdout(sys.stderr), progress_bar() as progress:
         outcome = optimize_project(opened, home=Home.default(), progress=progress, threads=threads)
     if as_json:
         print_json(outcome.to_json())

@@ -34,6 +34,8 @@ def list_versions(
 ) -> None:
     """All models, or the versions of one."""
     registry = Registry(Home.default())
+    if name is not None:
+        registry.get(Reference(name))  # a name that was never registered is an error, not an empty table
     versions = [version for each in ([name] if name else registry.names()) for version in registry.versions(each)]
     if as_json:
         print_json([_plain(version) for version in versions])
@@ -94,7 +96,10 @@ def history(
     name: Annotated[str | None, typer.Argument(help="One model only.")] = None, as_json: AsJson = False
 ) -> None:
     """Who changed what, when and why."""
-    changes = Registry(Home.default()).history(name)
+    registry = Registry(Home.default())
+    if name is not None:
+        registry.get(Reference(name))
+    changes = registry.history(name)
     if as_json:
         print_json([codec.to_json(change) for change in changes])
         return
@@ -124,9 +129,15 @@ def verify(
 
 
 @app.command()
-def gc(delete: Annotated[bool, typer.Option("--delete", help="Remove, not only list.")] = False) -> None:
-    """List, or remove, files that no version needs."""
-    for path in Registry(Home.default()).gc(dry_run=not delete):
+def gc(
+    delete: Annotated[bool, typer.Option("--delete", help="Remove, not only list.")] = False, as_json: AsJson = False
+) -> None:
+    """List, or remove, files that no version needs; what changed in the last day is spared."""
+    paths = Registry(Home.default()).gc(dry_run=not delete)
+    if as_json:
+        print_json({"deleted": delete, "paths": paths})
+        return
+    for path in paths:
         typer.echo(path)
 
 

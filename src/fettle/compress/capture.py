@@ -46,7 +46,8 @@ def export_program(model: torch.nn.Module, example: Tensors) -> ExportedProgram:
                 if _takes_varargs(model)
                 else export(model, inputs, dynamic_shapes=tuple({0: batch} for _ in inputs))
             )
-            return program.run_decompositions({})
+            functional: ExportedProgram = program.run_decompositions({})
+            return functional
     except Exception as problem:
         first = str(problem).strip().splitlines()[0] if str(problem).strip() else ""
         raise CaptureError(

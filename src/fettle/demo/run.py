@@ -88,11 +88,11 @@ def run_demo(home: Home, *, progress: Progress) -> Summary:
         code = process.wait(_PATIENCE_S)
     drift_alerts = sum(alert.get("event") == "drift" for alert in alerts)
     best, baseline = outcome.best.candidate, outcome.baseline.candidate
-    steps = (
+    steps: tuple[tuple[str, str], ...] = (
         ("optimized", f"{best.label}: accuracy {best.metric.value:.4f} ({baseline.metric.value:.4f} before), "
          f"{best.p50_ms:.3f} ms ({baseline.p50_ms:.3f} ms), {best.size_bytes / 1000:.0f} kB "
          f"({baseline.size_bytes / 1000:.0f} kB)"),
-        ("registered", f"{first} ({first.runtime}, {first.precision}), {second} ({second.runtime}, {second.precision})"),
+        ("registered", ", ".join(f"{each} ({each.runtime}, {each.precision})" for each in (first, second))),
         ("500 clean images", f"{clean.answered} answered, {clean.right} right: {clean_verdict.judgement.verdict}"),
         ("500 corrupted images", f"{bad.answered} answered, {bad.right} right: {bad_verdict.judgement.verdict}"),
         ("alerts on two looks", f"{drift_alerts} ({again.judgement.verdict} both times, one incident)"),

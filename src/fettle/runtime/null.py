@@ -9,8 +9,12 @@ from typing import Any, ClassVar
 import numpy as np
 
 from fettle.core.artifact import Artifact
+from fettle.core.errors import CorruptArtifact
+from fettle.core.files import write_atomic
 from fettle.core.runner import Runner, RuntimeBase
 from fettle.core.signature import Array, Signature
+
+_FILE, _CONTENT = "null.txt", b"zeros\n"
 
 
 class Null(RuntimeBase):
@@ -20,9 +24,15 @@ class Null(RuntimeBase):
     computes: ClassVar[bool] = False
 
     def export(self, program: Any, directory: Path, signature: Signature) -> None:
-        (directory / "null.txt").write_text("zeros\n")
+        write_atomic(directory / _FILE, _CONTENT)
 
     def load(self, artifact: Artifact, *, threads: int) -> Runner:
+        try:
+            content = (artifact.root / _FILE).read_bytes()
+        except OSError as problem:
+            raise CorruptArtifact(f"{_FILE} cannot be read: {problem}") from None
+        if content != _CONTENT:
+            raise CorruptArtifact(f"{_FILE} must hold {_CONTENT!r}, got {content[:16]!r}")
         return _Zeros(artifact.manifest.signature)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from fettle.compress.capture import export_program
 from fettle.compress.step import Context, Step
 from fettle.core import plugins
 from fettle.core.artifact import Artifact, Manifest
+from fettle.core.data import Inputs
+from fettle.core.errors import DataError, FettleError
 from fettle.core.machine import describe_hardware, describe_versions
 from fettle.core.observation import input_statistics
 from fettle.core.recipe import Recipe, StepSpec
@@ -96,7 +99,7 @@ def build(task: Task, prepared: Prepared, runtime_name: str, *, root: Path, pare
     )
     # Not sealed yet: its golden outputs are its own answers, so it must run first.
     runner = runtime.load(Artifact(digest="", manifest=manifest, root=root), threads=task.threads)
-    metric, outputs = measure_metric(lambda inputs: runner(*inputs), task.validation, task.metric, seed=task.seed)
+    metric, outputs = measure_metric(partial(answer, runner), task.validation, task.metric, seed=task.seed)
     golden = _golden(task, runner)
     largest = max(
         (float(np.abs(v).max(initial=0.0)) for k, v in golden.items() if k.startswith("output:")), default=1.0
@@ -106,6 +109,21 @@ def build(task: Task, prepared: Prepared, runtime_name: str, *, root: Path, pare
         root, replace(manifest, tolerance=tolerance), golden=golden, reference=_reference(task, signature, outputs)
     )
     return Built(artifact=artifact, runner=runner, metric=metric, outputs=outputs)
+
+
+def answer(runner: Runner, inputs: Inputs) -> Any:
+    """What the runner makes of one batch. Raises DataError where it breaks on inputs that fit its signature."""
+    try:
+        # torch takes neither mirrored nor read-only memory; only such an array is copied here.
+        return runner(*(np.require(array, requirements=["C", "W"]) for array in inputs))
+    except FettleError:
+        raise
+    except Exception as problem:
+        lines = str(problem).strip().splitlines() or ["no message"]
+        shapes = ", ".join(f"{array.dtype.name} {list(array.shape)}" for array in inputs)
+        raise DataError(
+            f"the model must answer every batch, and on inputs {shapes} it raised {type(problem).__name__}: {lines[0]}"
+        ) from problem
 
 
 def first_rows(task: Task, rows: int) -> dict[str, Array]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-
-import numpy as np
+from functools import partial
 
 from fettle.core.artifact import Artifact
-from fettle.core.errors import DataError
+from fettle.core.data import Split
+from fettle.core.errors import CorruptArtifact, DataError, FettleError
 from fettle.core.report import Measurement, Report
 from fettle.core.runner import Runner
 from fettle.core.signature import Array
@@ -18,7 +18,7 @@ from fettle.evaluate.latency import Latency, measure_latency
 from fettle.evaluate.metric import hits, measure_metric
 from fettle.evaluate.paired import compare_paired
 from fettle.evaluate.parity import compare_outputs
-from fettle.stages.build import Built, first_rows
+from fettle.stages.build import Built, answer, first_rows
 from fettle.stages.task import Task
 
 _LATENCY_LIMIT_S = 30.0
@@ -52,23 +52,41 @@ class Trial:
         return self.candidate.version
 
     def load(self, *, threads: int = 1) -> Runner:
-        """A runner from numpy arrays to numpy arrays."""
-        return self.artifact.load(threads=threads)
+        """A runner from numpy arrays to numpy arrays.
+
+        Raises CorruptArtifact where a later run of the same name has put another model into the folder.
+        """
+        found = Artifact.open(self.artifact.root)
+        if found.digest != self.artifact.digest:
+            raise CorruptArtifact(
+                f"{found.root} must hold artifact {self.artifact.digest[:12]}, got {found.digest[:12]}: a later run "
+                "replaced it; register what you want to keep"
+            )
+        return found.load(threads=threads)
 
 
 def measure(task: Task, built: Mapping[str, Built], *, baseline: str) -> tuple[list[Trial], dict[str, str]]:
-    """Time all in interleaved rounds and complete their reports; return the trials, and a reason for each failed one."""
+    """Time all in interleaved rounds and complete their reports; return the trials, and why others failed.
+
+    Raises FettleError where the baseline itself cannot be timed, since every figure is against it.
+    """
     rows = first_rows(task, task.batch)
     arrays = [rows[spec.name] for spec in task.signature.inputs]
     calls = {label: _call(entry.runner, arrays) for label, entry in built.items()}
     timed = measure_latency(
-        calls, batch=task.batch, threads=task.threads, time_limit_s=_LATENCY_LIMIT_S, seed=task.seed
+        calls,
+        batch=task.batch,
+        threads=task.threads,
+        time_limit_s=min(_LATENCY_LIMIT_S, task.budget.time_limit_s or _LATENCY_LIMIT_S),
+        seed=task.seed,
     )
+    if isinstance(problem := timed[baseline], Exception):
+        raise FettleError(f"the original must run, and in {baseline} it raised {first_line(problem)}") from problem
     trials, failures = [], {}
     for label, entry in built.items():
         latency = timed[label]
         if not isinstance(latency, Latency):
-            failures[label] = f"{type(latency).__name__}: {latency}"
+            failures[label] = first_line(latency)
             continue
         parity = compare_outputs(built[baseline].outputs, entry.outputs, classification=_is_classifier(task))
         measurements = (
@@ -82,37 +100,36 @@ def measure(task: Task, built: Mapping[str, Built], *, baseline: str) -> tuple[l
 
 
 def final(task: Task, best: Trial, baseline: Trial, runners: Mapping[str, Runner]) -> tuple[Trial, Trial]:
-    """The two with their metric taken on the test split, which is read here and nowhere else.
+    """The two with their metric taken on the test split, which is read here, once for each, and nowhere else.
 
     Without a test split they are returned as they are.
     """
     if task.test is None:
         return best, baseline
-    taken: dict[str, tuple[Measurement, Array]] = {}
-    for trial in (best, baseline):
-        runner = runners[trial.candidate.label]
-        taken[trial.artifact.digest] = measure_metric(
-            lambda inputs, runner=runner: runner(*inputs),  # type: ignore[misc]
-            task.test,
-            task.metric,
-            seed=task.seed,
-        )
-    outputs = {digest: answer for digest, (_, answer) in taken.items()}
-    extra = _against_baseline(task, outputs[best.artifact.digest], outputs[baseline.artifact.digest])
-    return (
-        _with_metric(best, taken[best.artifact.digest][0], extra),
-        _with_metric(baseline, taken[baseline.artifact.digest][0], ()),
-    )
-
-
-def _against_baseline(task: Task, outputs: Array, original: Array) -> tuple[Measurement, ...]:
-    assert task.test is not None
+    metric, outputs, targets = _measured(task, task.test, runners[best.candidate.label])
+    if best.artifact.digest == baseline.artifact.digest:
+        baseline_metric, original = metric, outputs
+    else:
+        baseline_metric, original, _ = _measured(task, task.test, runners[baseline.candidate.label])
     parity = compare_outputs(original, outputs, classification=_is_classifier(task))
-    found = parity.measurements(task.test.name)
-    if task.metric.name != "accuracy":
-        return found
-    targets = np.concatenate([targets for _, targets in task.test])
-    return found + compare_paired(hits(original, targets), hits(outputs, targets)).measurements(task.test.name)
+    extra = parity.measurements(task.test.name)
+    if task.metric.name == "accuracy":
+        extra += compare_paired(hits(original, targets), hits(outputs, targets)).measurements(task.test.name)
+    return _with_metric(best, metric, extra), _with_metric(baseline, baseline_metric, ())
+
+
+def _measured(task: Task, split: Split, runner: Runner) -> tuple[Measurement, Array, Array]:
+    """The metric, the outputs and the targets of one pass."""
+    seen: list[Array] = []
+
+    def prepare(outputs: Array, targets: Array) -> tuple[Array, ...]:
+        seen.append(targets)  # so that comparing two models row by row needs no pass of its own
+        return task.metric.prepare(outputs, targets)
+
+    metric, outputs = measure_metric(
+        partial(answer, runner), split, replace(task.metric, prepare=prepare), seed=task.seed
+    )
+    return metric, outputs, seen[0]
 
 
 def _with_metric(trial: Trial, metric: Measurement, extra: tuple[Measurement, ...]) -> Trial:
@@ -134,7 +151,7 @@ def _candidate(label: str, artifact: Artifact, measurements: tuple[Measurement, 
     )
 
 
-def _call(runner: Runner, arrays: list[Array]):  # type: ignore[no-untyped-def]
+def _call(runner: Runner, arrays: list[Array]) -> Callable[[], object]:
     return lambda: runner(*arrays)
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
-from fettle.compress.capture import export_program
+from fettle.compress.capture import export_program, quiet, two_rows
 from fettle.compress.step import Tensors
 from fettle.core.data import Split
-from fettle.core.errors import CaptureError
+from fettle.core.errors import CaptureError, DataError, UsageError
 from fettle.core.recipe import Budget
 from fettle.core.signature import Array, ImagePreprocess, Signature, TensorSpec
 from fettle.evaluate.metric import Metric, find_metric
@@ -20,9 +22,17 @@ from fettle.evaluate.metric import Metric, find_metric
 Progress = Callable[[str, float], None]
 
 
+class Misfit(UsageError):
+    """An argument that cannot be used, or does not fit the others; `argument` is its name in `optimize`."""
+
+    def __init__(self, argument: str, message: str) -> None:
+        super().__init__(message)
+        self.argument = argument
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """One job for the optimizer. `calibration` is training data where there is some, else validation data."""
+    """One job for the optimizer. `calibration` is the training split where there is one, else `validation` itself."""
 
     name: str
     model: torch.nn.Module
@@ -42,7 +52,8 @@ class Task:
     def calibration_batches(self) -> Iterable[Tensors]:
         """Inputs only, as tensors."""
         for inputs, _ in self.calibration:
-            yield tuple(torch.from_numpy(array) for array in inputs)
+            # torch takes neither mirrored nor read-only memory; only such an array is copied here.
+            yield tuple(torch.from_numpy(np.require(array, requirements=["C", "W"])) for array in inputs)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,31 +75,84 @@ def make_task(
     image: ImagePreprocess | None,
     **wishes: Any,
 ) -> Task:
-    """Capture the model once and check what can be checked before any work starts.
+    """Capture the model once and check what can be checked before any work starts; the training data is read once.
 
-    Raises CaptureError, DataError, UsageError.
+    Raises CaptureError, DataError, and Misfit for an argument that does not fit.
     """
+    _check_numbers(**{key: wishes[key] for key in ("seed", "threads", "batch")})
+    chosen = _chosen_metric(metric)
     example = example if isinstance(example, tuple) else (example,)
-    program = export_program(model, example)
+    program = _captured(model, example)
     signature = signature_of(program, classes=classes, image=image)
-    calibration = sources.train if sources.train is not None else sources.validation
+    validation = Split("validation", sources.validation, signature_inputs=signature.inputs)
+    calibration = validation  # one Split for one loader: two would share, and exhaust, a one-shot iterator
+    if sources.train is not None and sources.train is not sources.validation:
+        calibration = Split("train", sources.train, signature_inputs=signature.inputs, shuffled=True)
+        _ = calibration.rows  # a bad training loader is an error of the run, not of one candidate
     return Task(
         model=model,
         example=example,
         program=program,
         signature=signature,
-        validation=Split("validation", sources.validation, signature_inputs=signature.inputs),
+        validation=validation,
         test=None if sources.test is None else Split("test", sources.test, signature_inputs=signature.inputs),
-        calibration=Split("calibration", calibration, signature_inputs=signature.inputs, shuffled=True),
-        metric=find_metric(metric),
+        calibration=calibration,
+        metric=chosen,
         **wishes,
     )
+
+
+def _check_numbers(*, seed: int, threads: int, batch: int) -> None:
+    for name, value, least in (("seed", seed, 0), ("threads", threads, 1), ("batch", batch, 1)):
+        if value < least:
+            raise Misfit(name, f"{name} must be at least {least}, got {value}")
+
+
+def _chosen_metric(metric: str | Callable[[Array, Array], float]) -> Metric:
+    try:
+        chosen = find_metric(metric)
+    except UsageError as problem:
+        raise Misfit("metric", str(problem)) from None
+    if chosen.direction == "lower":
+        raise Misfit(
+            "metric",
+            f"a budget keeps a metric from falling, so higher must be better, got '{chosen.name}': "
+            'use "r2", or a function that returns the negative',
+        )
+    return chosen
+
+
+def _captured(model: torch.nn.Module, example: Tensors) -> torch.export.ExportedProgram:
+    if not isinstance(model, torch.nn.Module):
+        raise Misfit("model", f"the model must be a torch.nn.Module, got {type(model).__name__}")
+    try:
+        return export_program(model, example)
+    except DataError as problem:
+        raise Misfit("example", str(problem)) from None
+    except CaptureError:
+        _blame_example(model, example)
+        raise
+
+
+def _blame_example(model: torch.nn.Module, example: Tensors) -> None:
+    """Raise Misfit where the model itself cannot run on the example: then capture is not what is at fault."""
+    with torch.no_grad(), quiet():
+        try:
+            copy.deepcopy(model).eval()(*two_rows(example))
+        except Exception as problem:
+            shapes = ", ".join(f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}" for tensor in example)
+            first = next(iter(str(problem).strip().splitlines()), "no message")
+            raise Misfit(
+                "example",
+                f"the model must run on its example inputs, got {shapes}, on which {type(model).__name__} raised "
+                f"{type(problem).__name__}: {first}",
+            ) from problem
 
 
 def signature_of(
     program: torch.export.ExportedProgram, *, classes: tuple[str, ...] = (), image: ImagePreprocess | None = None
 ) -> Signature:
-    """Names from forward's parameters, shapes with the free dimension "batch"."""
+    """Names from forward's parameters, shapes with the free dimension "batch". Raises CaptureError, Misfit."""
     nodes = {node.name: node for node in program.graph.nodes}
     inputs = tuple(_spec(name, nodes[name].meta["val"]) for name in program.graph_signature.user_inputs)
     values = [nodes[name].meta["val"] if name in nodes else None for name in program.graph_signature.user_outputs]
@@ -106,9 +170,13 @@ def signature_of(
         outputs.append(spec)
     if image is not None and (len(inputs) != 1 or inputs[0].shape != ("batch", *image.shape)):
         shape = [list(spec.shape) for spec in inputs]
-        raise CaptureError(f"image preprocessing gives {['batch', *image.shape]}, but the model takes {shape}")
+        raise Misfit(
+            "image", f"image preprocessing must give what the model takes, {shape}, got {['batch', *image.shape]}"
+        )
     if classes and outputs[0].shape[1:] != (len(classes),):
-        raise CaptureError(f"the task names {len(classes)} classes, but the output has shape {list(outputs[0].shape)}")
+        raise Misfit(
+            "classes", f"one class must be named for each score, got {len(classes)} for {list(outputs[0].shape)}"
+        )
     return Signature(inputs=inputs, outputs=tuple(outputs), classes=classes, image=image)
 
 

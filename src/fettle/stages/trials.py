@@ -56,7 +56,7 @@ def try_all(task: Task, root: Path, *, runtimes: Sequence[str] = ()) -> Tried:
     start, tried = time.monotonic(), Tried()
     task.progress(BASELINE, 0.0)
     original = prepare(task, float_recipe)
-    first = build(task, original, "eager", root=root / "draft", parent="", signature=task.signature)
+    first = build(task, original, "eager", root=root / "float-eager", parent="", signature=task.signature)
     classification = is_classification(task.metric.name, task.signature.classes)
     signature = with_activation(task.signature, first.outputs, classification=classification)
     baseline = build(task, original, "eager", root=root / "float-eager", parent="", signature=signature)

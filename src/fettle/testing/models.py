@@ -223,6 +223,22 @@ class _UnusedBranch(nn.Module):
         return self.head(x)  # type: ignore[no-any-return]
 
 
+class _SamePadding(nn.Module):
+    """`padding="same"`, a clamp for an activation, and channels that are split and shuffled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding="same")
+        self.left, self.right = nn.Conv2d(4, 4, 3, padding="same"), nn.Conv2d(4, 4, 1)
+        self.last, self.head = nn.Conv2d(8, 8, 1), _Head(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        left, right = self.stem(x).clamp(0.0, 2.0).chunk(2, dim=1)
+        x = torch.cat([functional.relu(self.left(left)), functional.relu(self.right(right))], dim=1)
+        x = x.view(x.shape[0], 2, 4, *x.shape[2:]).transpose(1, 2).flatten(1, 2)
+        return self.head(functional.relu(self.last(x)))  # type: ignore[no-any-return]
+
+
 class FixedBatch(nn.Module):
     """Not in CASES: a reshape that holds the number of rows, so that no free batch dimension can be captured."""
 
@@ -324,6 +340,15 @@ _FOUND = (
         ),
         anchors=3,
     ),
+    Case(name="same_padding", trait="padding by name, clamp, split and shuffle", factory=_SamePadding, anchors=5),
     Case(name="unused_branch", trait="a layer nobody reads, and one never called", factory=_UnusedBranch, anchors=2),
 )
 CASES: dict[str, Case] = {case.name: case for case in _FOUND}
+
+# Large enough that its weights, not its graph, decide the size of its file.
+LARGE = Case(
+    name="large",
+    trait="large weights",
+    factory=lambda: nn.Sequential(_Block(3, 64, nn.ReLU()), _Block(64, 128, nn.ReLU()), _Head(128)),
+    anchors=3,
+)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.ao.quantization.fx._decomposed  # NOTE: only registers the operations; nothing of torch.ao is called
@@ -74,12 +75,13 @@ def _limits(clip: Node) -> tuple[float, float] | None:
         return 0.0, math.inf
     if clip.target == aten.relu6.default:
         return 0.0, 6.0
-    defaults = {aten.hardtanh.default: (-1.0, 1.0), aten.clamp.default: (None, None)}.get(clip.target)
-    if defaults is None or clip.kwargs:
+    if clip.target not in (aten.hardtanh.default, aten.clamp.default) or clip.kwargs:
         return None
-    low, high = (*clip.args[1:], *defaults[len(clip.args) - 1 :])
-    numbers = (-math.inf if low is None else low, math.inf if high is None else high)
-    return numbers if all(isinstance(end, int | float) for end in numbers) else None  # type: ignore[return-value]
+    low, high = (-1.0, 1.0) if clip.target == aten.hardtanh.default else (-math.inf, math.inf)
+    ends: list[Any] = [low, high]
+    for position, end in enumerate(clip.args[1:]):
+        ends[position] = ends[position] if end is None else end
+    return (ends[0], ends[1]) if all(isinstance(end, int | float) for end in ends) else None
 
 
 def _quantize_weight(graph: torch.fx.GraphModule, anchor: Node, operand: Affine) -> None:

@@ -35,7 +35,7 @@ def fold_batch_norm(graph: torch.fx.GraphModule) -> int:
 
 def _fold_one(graph: torch.fx.GraphModule, norm: torch.fx.Node) -> bool:
     layer, gamma, beta, mean, variance = norm.args[:5]
-    epsilon = norm.args[6]
+    epsilon = float(norm.args[6])  # type: ignore[arg-type]
     users = list(norm.users)
     assert isinstance(layer, torch.fx.Node)
     if (

@@ -145,9 +145,8 @@ def _integer_domain(nodes: list[Node], anchors: set[Node]) -> set[Node]:
         value = node.meta.get("val")
         if not isinstance(value, torch.Tensor) or value.dtype != torch.float32:
             continue
-        if node.op == "placeholder" or (node in anchors and node.target in CONVOLUTIONS):
-            capable.add(node)
-        elif node.target in MOVERS and node.args[0] in capable and _keeps_range(node):
+        starts = node.op == "placeholder" or (node in anchors and node.target in CONVOLUTIONS)
+        if starts or (node.target in MOVERS and node.args[0] in capable and _keeps_range(node)):
             capable.add(node)
         elif node.target in FOLLOWERS:
             operands = tensor_operands(node)
@@ -166,7 +165,8 @@ def _keeps_range(node: Node) -> bool:
     """A pad with a constant may bring in a value outside the tensor's range, unless it is zero."""
     if node.target != aten.pad.default:
         return True
-    mode, value = (*node.args[2:], *("constant", None)[len(node.args) - 2 :])
+    mode = node.args[2] if len(node.args) > 2 else "constant"
+    value = node.args[3] if len(node.args) > 3 else 0.0
     return mode != "constant" or value in (None, 0)
 
 

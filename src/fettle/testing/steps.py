@@ -1,0 +1,156 @@
+"""What every compression step must keep, as checks that raise AssertionError with a sentence.
+
+from fettle.testing.steps import CHECKS
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_mine_conforms(check):
+    check(MyStep())
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fettle.compress.capture import export_program
+from fettle.compress.step import Context, Step, Tensors
+from fettle.core import codec
+from fettle.core.recipe import StepSpec
+from fettle.runtime._onnx import write_onnx
+from fettle.testing.models import CASES, LARGE, Case
+
+_MODELS = ("residual", "two_inputs", "norm_first")
+
+
+def context_for(case: Case, *, seed: int = 0, batches: int = 4) -> Context:
+    """A context with calibration data that is a one-shot iterator, as a user's may be."""
+    calibration: Iterator[Tensors] = (case.data(rows=32, seed=100 + batch) for batch in range(batches))
+    return Context(example=case.data(rows=1), calibration=calibration, seed=seed)
+
+
+def leaves_its_input_untouched(step: Step) -> None:
+    """Parameters, buffers, training flags, modules and hooks of the given model are as before; so are its answers."""
+    for case in _chosen():
+        model = case.build()
+        next(iter(model.children())).train()
+        state = {name: value.clone() for name, value in model.state_dict().items()}
+        flags = {name: module.training for name, module in model.named_modules()}
+        gradients = [parameter.requires_grad for parameter in model.parameters()]
+        step.apply(model, context_for(case))
+        after = model.state_dict()
+        assert list(after) == list(state), f"{case.name}: names in the state must stay as they were"
+        for name, value in state.items():
+            assert torch.equal(after[name], value), f"{case.name}: {name} of the input model must stay as it was"
+        now = {name: module.training for name, module in model.named_modules()}
+        assert now == flags, f"{case.name}: training flags must stay as they were, got {now}"
+        assert [p.requires_grad for p in model.parameters()] == gradients, f"{case.name}: requires_grad must stay"
+
+
+def leaves_global_state_untouched(step: Step) -> None:
+    """Random generators, gradient mode and thread count belong to the caller."""
+    case = CASES["shared_relu"]
+    model = case.build()
+    torch_state, numpy_state, python_state = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    modes = torch.is_grad_enabled(), torch.get_num_threads(), torch.backends.mha.get_fastpath_enabled()
+    step.apply(model, context_for(case))
+    assert torch.equal(torch.get_rng_state(), torch_state), "the generator of torch must be left alone"
+    assert str(np.random.get_state()) == str(numpy_state), "the generator of numpy must be left alone"
+    assert random.getstate() == python_state, "the generator of Python must be left alone"
+    now = torch.is_grad_enabled(), torch.get_num_threads(), torch.backends.mha.get_fastpath_enabled()
+    assert now == modes, f"gradient mode, threads and fast path must be left at {modes}, got {now}"
+
+
+def repeats_itself(step: Step) -> None:
+    """The same model, data and seed give the same bytes, whatever the state of global generators."""
+    for case in _chosen():
+        files = []
+        for attempt in range(2):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(attempt)
+                files.append(_file(step.apply(case.build(), context_for(case)), case))
+        assert files[0] == files[1], f"{case.name}: the same work must give the same file"
+
+
+def round_trips_through_json(step: Step) -> None:
+    """Its parameters are all there is to it."""
+    spec = step.spec()
+    whole = codec.from_json(StepSpec, json.loads(json.dumps(codec.to_json(spec))), where="the round trip")
+    again = type(step).from_spec(whole)
+    assert again == step, f"JSON must hold every parameter: {step} became {again}"
+    assert codec.digest(again.spec()) == codec.digest(spec), "the digest must survive the round trip"
+
+
+def shrinks(step: Step) -> None:
+    """The exported file is smaller by a tenth or more: less computation comes with fewer bytes, and masks do not."""
+    before = len(_file(LARGE.build(), LARGE))
+    after = len(_file(step.apply(LARGE.build(), context_for(LARGE)), LARGE))
+    assert after <= 0.9 * before, f"the file must shrink by a tenth at least, from {before} to {after} bytes"
+
+
+def keeps_inputs_and_outputs(step: Step) -> None:
+    """Any batch size, the same number, shapes and types of outputs."""
+    for case in _chosen():
+        model = case.build()
+        small = step.apply(model, context_for(case))
+        for rows in (1, 2, 7):
+            expected, found = answers(model, case.data(rows=rows)), answers(small, case.data(rows=rows))
+            shapes = [(tuple(t.shape), t.dtype) for t in expected], [(tuple(t.shape), t.dtype) for t in found]
+            assert shapes[0] == shapes[1], f"{case.name}: outputs must be {shapes[0]}, got {shapes[1]}"
+
+
+def agrees_with_the_original(step: Step) -> None:
+    """On data like the calibration data, the cosine between the answers is above 0.99."""
+    for case in _chosen():
+        model = case.build()
+        small = step.apply(model, context_for(case))
+        data = case.data(rows=64, seed=5)
+        for index, (want, have) in enumerate(zip(answers(model, data), answers(small, data), strict=True)):
+            cosine = similarity(want, have)
+            assert cosine > 0.99, f"{case.name}: output {index} must agree with the original, got cosine {cosine:.4f}"
+
+
+CHECKS: tuple[Callable[[Step], None], ...] = (
+    leaves_its_input_untouched,
+    leaves_global_state_untouched,
+    repeats_itself,
+    round_trips_through_json,
+    shrinks,
+    keeps_inputs_and_outputs,
+    agrees_with_the_original,
+)
+
+
+def answers(model: torch.nn.Module, inputs: Tensors) -> Tensors:
+    """The outputs as a tuple."""
+    with torch.no_grad():
+        found = model(*inputs)
+    return tuple(found) if isinstance(found, tuple | list) else (found,)
+
+
+def similarity(left: torch.Tensor, right: torch.Tensor) -> float:
+    """Cosine between two tensors, each taken as one vector.
+
+    >>> similarity(torch.tensor([1.0, 0.0]), torch.tensor([[1.0, 0.0]]))
+    1.0
+    """
+    return float(torch.nn.functional.cosine_similarity(left.flatten().double(), right.flatten().double(), dim=0))
+
+
+def _chosen() -> list[Case]:
+    return [CASES[name] for name in _MODELS]
+
+
+def _file(model: torch.nn.Module, case: Case) -> bytes:
+    """The model as ONNX."""
+    inputs = [f"input_{index}" for index in range(len(case.shapes))]
+    outputs = [f"output_{index}" for index in range(case.outputs)]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        write_onnx(export_program(model, case.data(rows=2)), path, inputs=inputs, outputs=outputs)
+        return path.read_bytes()

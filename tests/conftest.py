@@ -1,0 +1,169 @@
+"""A tiny project written as a user would write it, the command line run as a user would run it, one optimized home."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TOML = """
+name = "tiny"
+[model]
+build = "model:build"
+example = "model:example"
+[data]
+train = "data:train"
+validation = "data:validation"
+test = "data:test"
+[task]
+metric = "accuracy"
+classes = ["a", "b", "c"]
+[budget]
+max_drop = 0.05
+"""
+
+MODEL = """
+import torch
+from torch import nn
+
+
+def example():
+    return (torch.zeros(1, 6),)
+
+
+def build():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
+    return model.eval()
+"""
+
+# Labels are what a fixed linear rule says, so an untrained model is far from perfect and far from constant.
+DATA = """
+import numpy as np
+
+
+def rows(count, seed):
+    generator = np.random.default_rng(seed)
+    x = generator.normal(size=(count, 6)).astype(np.float32)
+    y = (x[:, :3] - x[:, 3:]).argmax(axis=1)
+    return [(x[i : i + 20], y[i : i + 20]) for i in range(0, count, 20)]
+
+
+def train():
+    return rows(80, 0)
+
+
+def validation():
+    return rows(60, 1)
+
+
+def test():
+    return rows(60, 2)
+"""
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What one command gave."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+    def refused(self, code: int) -> str:
+        """The one line on stderr of a command that must be refused with this code."""
+        assert self.code == code, (self.code, self.err[-2000:])
+        assert "Traceback" not in self.err
+        lines = [line for line in self.err.splitlines() if line.startswith("fettle: ")]
+        assert len(lines) == 1, self.err
+        return lines[0]
+
+
+def _write_project(folder: Path, *, toml: str = TOML, model: str = MODEL, data: str = DATA) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in (("fettle.toml", toml), ("model.py", model), ("data.py", data)):
+        (folder / name).write_text(text)
+    return folder
+
+
+def _run(*arguments: object, home: Path) -> Ran:
+    """The command line in this process."""
+    from fettle.cli import main
+
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setenv("FETTLE_HOME", str(home))
+        patch.setattr(sys, "argv", ["fettle", *map(str, arguments)])
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    return Ran(code, out.getvalue(), err.getvalue())
+
+
+def _process(*arguments: object, home: Path, before: str = "", timeout_s: float = 120) -> Ran:
+    """The command line in a process of its own; `before` is Python to run first."""
+    code = f"{before}\nfrom fettle.cli import main\nmain()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        env={**os.environ, "FETTLE_HOME": str(home)},
+    )
+    return Ran(done.returncode, done.stdout, done.stderr)
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """The tiny project, optimized once in every runtime; `home` is to be read, or copied and then changed."""
+
+    home: Path
+    project: Path
+    ran: Ran
+
+
+@pytest.fixture(scope="session")
+def write_project() -> Callable[..., Path]:
+    return _write_project
+
+
+@pytest.fixture(scope="session")
+def run() -> Callable[..., Ran]:
+    return _run
+
+
+@pytest.fixture(scope="session")
+def process() -> Callable[..., Ran]:
+    return _process
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    root = tmp_path_factory.mktemp("tiny")
+    project = _write_project(root / "project")
+    ran = _run("optimize", project, "--json", home=root / "home")
+    assert ran.code == 0, ran.err[-3000:]
+    return Tiny(root / "home", project, ran)
+
+
+@pytest.fixture
+def eager_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the baseline is built: a whole run in a second."""
+    from fettle.runtime.eager import Eager
+
+    monkeypatch.setattr("fettle.core.plugins.installed", lambda package, base: {"eager": Eager})
