@@ -93,10 +93,27 @@ class Ran:
         return lines[0]
 
 
-def _write_project(folder: Path, *, toml: str = TOML, model: str = MODEL, data: str = DATA) -> Path:
+def _text(default: str, given: str | dict[str, str]) -> str:
+    """The text given, or the default with some parts replaced."""
+    if isinstance(given, str):
+        return given
+    for old, new in given.items():
+        assert old in default, old
+        default = default.replace(old, new)
+    return default
+
+
+def _write_project(
+    folder: Path,
+    *,
+    toml: str | dict[str, str] | None = None,
+    model: str | dict[str, str] | None = None,
+    data: str | dict[str, str] | None = None,
+) -> Path:
+    """Each file is the default one, a whole text, or the default with {old: new}."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, text in (("fettle.toml", toml), ("model.py", model), ("data.py", data)):
-        (folder / name).write_text(text)
+    for name, default, given in (("fettle.toml", TOML, toml), ("model.py", MODEL, model), ("data.py", DATA, data)):
+        (folder / name).write_text(_text(default, {} if given is None else given))
     return folder
 
 

@@ -85,10 +85,12 @@ def echo() -> Iterator[int]:
         server.released = threading.Event()
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
-        yield server.server_port
-        server.released.set()
-        server.shutdown()
-        thread.join()
+        try:
+            yield server.server_port
+        finally:
+            server.released.set()
+            server.shutdown()
+            thread.join()
 
 
 def run_drive(generators: ModuleType, bodies: list[dict[str, Any]], *, seconds: float = 0.3, **options: Any) -> Any:

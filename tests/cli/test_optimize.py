@@ -112,7 +112,7 @@ def test_the_file_itself_may_be_named(run, write_project, tmp_path, home):
 )
 def test_missed_floor_is_told_and_the_best_registered_all_the_same(run, write_project, tmp_path, home, budget, words):
 
-    ran = run("optimize", write_project(tmp_path / "p", toml=toml(budget=budget)), "--json", home=home)
+    ran = run("optimize", write_project(tmp_path / "p", toml={"max_drop = 0.05": budget}), "--json", home=home)
     line = ran.refused(1)
     assert "The floor is missed" in line
     assert words in line
@@ -124,8 +124,8 @@ def test_missed_floor_is_told_and_the_best_registered_all_the_same(run, write_pr
 
 @pytest.mark.usefixtures("eager_only")
 def test_a_project_that_prints_does_not_break_the_json(run, write_project, tmp_path, home):
-    model = 'print("loading")\n' + Path(write_project(tmp_path / "p") / "model.py").read_text()
-    ran = run("optimize", write_project(tmp_path / "p", model=model), "--json", home=home)
+    folder = write_project(tmp_path / "p", model={"import torch\n": 'import torch\nprint("loading")\n'})
+    ran = run("optimize", folder, "--json", home=home)
     assert set(ran.json) == TOP
     assert "loading" in ran.err
 
@@ -133,17 +133,18 @@ def test_a_project_that_prints_does_not_break_the_json(run, write_project, tmp_p
 @pytest.mark.usefixtures("eager_only")
 def test_without_test_split_and_without_train(run, write_project, tmp_path, home):
 
-    text = toml().replace('train = "data:train"\n', "").replace('test = "data:test"\n', "")
-    ran = run("optimize", write_project(tmp_path / "p", toml=text), "--json", home=home)
+    folder = write_project(tmp_path / "p", toml={'train = "data:train"\n': "", 'test = "data:test"\n': ""})
+    ran = run("optimize", folder, "--json", home=home)
     assert ran.code == 0
     assert ran.json["best"]["metric"] == ran.json["candidates"][0]["metric"]
 
 
-def test_two_projects_with_modules_of_the_same_name_do_not_mix(run, write_project, tmp_path, home, eager_only):
+@pytest.mark.usefixtures("eager_only")
+def test_two_projects_with_modules_of_the_same_name_do_not_mix(run, write_project, tmp_path, home):
 
     first = write_project(tmp_path / "first")
     second = write_project(
-        tmp_path / "second", toml=toml(name="second"), model=MODEL.replace("Linear(6, 16)", "Linear(6, 16, bias=False)")
+        tmp_path / "second", toml={'"tiny"': '"second"'}, model={"Linear(6, 16)": "Linear(6, 16, bias=False)"}
     )
     digests = [run("optimize", folder, "--json", home=home).json["best"]["digest"] for folder in (first, second, first)]
     assert digests[0] == digests[2]

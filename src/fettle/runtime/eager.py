@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import safetensors.torch
 import torch
 from torch._export.serde import schema, serialize
@@ -180,6 +181,8 @@ class _Module(Runner):
         if torch.get_num_threads() != self._threads:
             torch.set_num_threads(self._threads)
         with torch.inference_mode():
-            result = self._module(*(torch.from_numpy(inputs[spec.name]) for spec in self.signature.inputs))
+            # Copied only where torch cannot take the memory as it is: read-only, or with negative strides.
+            arrays = (np.require(inputs[spec.name], requirements=["C", "W"]) for spec in self.signature.inputs)
+            result = self._module(*map(torch.from_numpy, arrays))
         values = torch.utils._pytree.tree_leaves(result)
         return {spec.name: value.numpy() for spec, value in zip(self.signature.outputs, values, strict=True)}

@@ -126,19 +126,19 @@ def _captured(model: torch.nn.Module, example: Tensors) -> torch.export.Exported
     if not isinstance(model, torch.nn.Module):
         raise Misfit("model", f"the model must be a torch.nn.Module, got {type(model).__name__}")
     try:
-        return export_program(model, example)
+        inputs = two_rows(example)
     except DataError as problem:
         raise Misfit("example", str(problem)) from None
-    except CaptureError:
-        _blame_example(model, example)
-        raise
+    _check_example(model, inputs)
+    return export_program(model, inputs)
 
 
-def _blame_example(model: torch.nn.Module, example: Tensors) -> None:
-    """Raise Misfit where the model itself cannot run on the example: then capture is not what is at fault."""
+def _check_example(model: torch.nn.Module, example: Tensors) -> None:
+    """Run the model once: torch.export would blame the capture for a wrong example, or even let it pass."""
+    still = model if not any(module.training for module in model.modules()) else copy.deepcopy(model).eval()
     with torch.no_grad(), quiet():
         try:
-            copy.deepcopy(model).eval()(*two_rows(example))
+            still(*example)
         except Exception as problem:
             shapes = ", ".join(f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}" for tensor in example)
             first = next(iter(str(problem).strip().splitlines()), "no message")

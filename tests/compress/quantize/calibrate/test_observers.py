@@ -80,7 +80,7 @@ def test_no_value_is_lost(batches):
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.lists(st.floats(-1e30, 1e30, width=32), min_size=1, max_size=8), min_size=1, max_size=12))
+@given(st.lists(st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=1, max_size=8), min_size=1, max_size=12))
 def test_min_max_is_the_smallest_and_largest(batches):
     flat = [value for batch in batches for value in batch]
     assert see(MinMax, *batches).range() == (min(0.0, *flat), max(0.0, *flat))
@@ -105,7 +105,7 @@ def test_a_range_that_explodes_loses_nothing(observer, first, then):
     seen = see(observer, first, then, first)
     low, high = seen.range()
     assert low <= 0.0 <= high
-    assert low >= min(*first, *then, 0.0) - 1e-6
+    assert low >= min(*first, *then, 0.0) * (1 + 1e-6)
     assert high <= max(*first, *then, 0.0) * (1 + 1e-6)
     if observer is HistogramMSE:
         assert seen._counts.sum().item() == 2 * len(first) + len(then)
@@ -159,4 +159,4 @@ def test_the_state_does_not_grow(generator):
 def test_one_outlier_is_clipped_only_by_the_histogram(generator):
     values = torch.cat([torch.randn(20_000, generator=generator), torch.tensor([40.0])])
     assert see(MinMax, values).range()[1] == 40.0
-    assert see(HistogramMSE, values).range()[1] < 30.0
+    assert see(HistogramMSE, values).range()[1] < 39.5

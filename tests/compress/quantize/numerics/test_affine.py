@@ -11,7 +11,7 @@ from fettle.compress.quantize.numerics.affine import affine_for_range, channel_s
 from fettle.core.errors import DataError
 
 BITS = [(0, 255), (-128, 127), (0, 15), (-2, 1), (0, 3), (-32768, 32767), (0, 65535)]
-numbers = st.floats(-1e30, 1e30, allow_nan=False, width=32)
+numbers = st.floats(-(2.0**100), 2.0**100, width=32)
 
 
 @given(st.tuples(numbers, numbers).map(sorted), st.sampled_from(BITS))
@@ -22,7 +22,9 @@ def test_zero_is_exact(ends, bits):
     assert affine.fake(torch.zeros(1)).item() == 0.0
 
 
-@given(st.tuples(numbers, numbers).map(sorted), st.lists(st.floats(0, 1), min_size=1, max_size=20), st.sampled_from(BITS))
+@given(
+    st.tuples(numbers, numbers).map(sorted), st.lists(st.floats(0, 1), min_size=1, max_size=20), st.sampled_from(BITS)
+)
 def test_the_error_inside_the_range_is_at_most_half_a_step(ends, shares, bits):
     low, high = ends
     assume(high - low > 1e-30)
@@ -63,7 +65,7 @@ def test_denormals_keep_a_normal_scale(high):
     assert torch.isfinite(affine.fake(torch.tensor([high]))).all()
 
 
-@pytest.mark.parametrize(("low", "high"), [(-3e38, 3e38), (-1.7e308, 1.7e308), (0.0, 3.4e38)])
+@pytest.mark.parametrize(("low", "high"), [(-3e38, 3e38), (-3.4e38, 3.4e38), (0.0, 3.4e38)])
 def test_a_huge_range_does_not_overflow(low, high):
     affine = affine_for_range(low, high)
     assert math.isfinite(affine.scale)
@@ -71,10 +73,10 @@ def test_a_huge_range_does_not_overflow(low, high):
 
 
 @pytest.mark.parametrize(
-    ("low", "high"), [(math.nan, 1.0), (0.0, math.nan), (0.0, math.inf), (-math.inf, 0.0), (1.0, -1.0)]
+    ("low", "high"), [(math.nan, 1.0), (0.0, math.nan), (0.0, math.inf), (-math.inf, 0.0), (1.0, -1.0), (-1e300, 1.0)]
 )
 def test_a_range_that_is_none_is_refused(low, high):
-    with pytest.raises(DataError, match="finite with low <= high"):
+    with pytest.raises(DataError, match="finite in float32 with low <= high"):
         affine_for_range(low, high)
 
 
@@ -111,7 +113,7 @@ def test_channels_do_not_share_a_scale():
     whole = quantize_channels(weight, scales, axis=0)
     assert scales[2] == 1.0
     assert whole.dtype == torch.int8
-    assert ((whole * scales[:, None] - weight).abs() <= scales[:, None] * 0.5 + 1e-6).all()
+    assert ((whole * scales[:, None] - weight).abs() <= scales[:, None] * 0.50001).all()
     assert whole.abs().max() <= 127
 
 

@@ -46,8 +46,9 @@ class HistogramMSE(Observer):
             self._counts[0] += flat.numel()
             return
         end = self._low + self._width * _BINS
-        # A value that rounding puts on an edge belongs to the bin beside it; histc would drop it.
-        self._counts += torch.histc(flat.clamp(self._low, end).double(), bins=_BINS, min=self._low, max=end)
+        # A value that rounding puts on an edge belongs to the bin beside it; histc would drop it. In float64, because
+        # a doubled range may have outgrown float32.
+        self._counts += torch.histc(flat.double().clamp(self._low, end), bins=_BINS, min=self._low, max=end)
 
     def _cover(self, low: float, high: float) -> None:
         """Make [low, high] part of the histogram's range."""

@@ -5,7 +5,6 @@ Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient I
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -44,15 +43,16 @@ def affine_for_range(low: float, high: float, *, lowest: int = 0, highest: int =
     """Parameters that cover [low, high] extended to hold zero.
 
     A range of zero width at zero gives scale 1. A width too small for float32 is widened to the smallest normal
-    scale. Raises DataError for NaN, infinity or low > high.
+    scale. Raises DataError for NaN, low > high, and what float32 cannot hold.
 
     >>> affine_for_range(-1.0, 1.0)
     Affine(scale=0.00784313725490196, zero_point=128, lowest=0, highest=255)
     >>> affine_for_range(0.0, 0.0).scale
     1.0
     """
-    if not (math.isfinite(low) and math.isfinite(high) and low <= high):
-        raise DataError(f"a quantization range must be finite with low <= high, got {low=} and {high=}")
+    largest = torch.finfo(torch.float32).max
+    if not -largest <= low <= high <= largest:  # false for NaN too
+        raise DataError(f"a quantization range must be finite in float32 with low <= high, got {low=} and {high=}")
     low, high = min(low, 0.0), max(high, 0.0)
     if low == high:
         return Affine(scale=1.0, zero_point=max(lowest, min(0, highest)), lowest=lowest, highest=highest)
