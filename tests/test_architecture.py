@@ -29,7 +29,10 @@ MAY_IMPORT = {
     "__init__": STAGES | BASE | {"pipeline", "stages"},
     "__main__": frozenset({"cli"}),
 }
+# The pipeline and its stages handle the nn.Module itself; nothing that serves or watches imports them.
 TORCH_AT_TOP = (
+    "pipeline.py",
+    "stages/",
     "compress/",
     "evaluate/",
     "testing/",

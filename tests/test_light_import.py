@@ -21,7 +21,6 @@ LIGHT = (
     "fettle.monitor.report",
     "fettle.runtime.onnxruntime",
     "fettle.runtime.null",
-    "fettle.pipeline",
 )
 
 

@@ -6,8 +6,18 @@ import sys
 
 import pytest
 
-NO_TORCH = "import sys; sys.modules['torch'] = None"
-NO_SKLEARN = "import sys; sys.modules['sklearn'] = None; sys.modules['sklearn.datasets'] = None"
+# Not `sys.modules["torch"] = None`: scipy takes that for an installed torch.
+WITHOUT = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "{package}":
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Absent())
+"""
+NO_TORCH, NO_SKLEARN = WITHOUT.format(package="torch"), WITHOUT.format(package="sklearn")
 
 
 @pytest.mark.parametrize("command", ["optimize", "demo"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING
 
 import typer
@@ -17,9 +18,9 @@ if TYPE_CHECKING:
 def demo(as_json: AsJson = False) -> None:
     """The whole loop on embedded data: train, optimize, register, serve, watch, promote, roll back."""
     try:
-        import sklearn.datasets  # noqa: F401  the project's own import of it would be told as the project's mistake
-
         from fettle.demo.run import run_demo
+
+        importlib.import_module("sklearn.datasets")  # told here, where the project's import would be a ProjectError
     except ModuleNotFoundError as problem:
         raise missing_extra("fettle demo", problem) from None
     with progress_bar() as progress:

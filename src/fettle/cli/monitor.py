@@ -13,6 +13,7 @@ from fettle.cli.output import AsJson, console, print_json
 from fettle.core import codec
 from fettle.core.errors import UsageError
 from fettle.core.home import Home
+from fettle.core.report import Report
 
 app = typer.Typer(help="Compare what the model sees now with what it was measured on.", no_args_is_help=True)
 
@@ -45,21 +46,26 @@ def report(
         channels.append(Webhook(url=webhook))
     since = None if window is None else datetime.now(UTC) - parse_window(window)
     found = monitor_report(
-        name=version.name, artifact=registry.open(name), home=home, since=since, last=last, channels=channels
+        name=version.name, artifact=registry.open(str(version)), home=home, since=since, last=last, channels=channels
     )
     if as_json:
         print_json({**codec.to_json(found), "verdict": found.judgement.verdict, "sentence": found.judgement.sentence})
     else:
         out = console()
         out.print(f"{version}: {found.judgement.verdict}\n{found.judgement.sentence}", markup=False)
-        table = Table("measurement", "value", "unit", box=None)
-        for measurement in found.report().measurements:
-            table.add_row(measurement.name, f"{measurement.value:.4g}", measurement.unit)
-        out.print(table)
+        if found.summary.count:
+            out.print(_table(found.report()))
         for problem in (*found.undelivered, *found.problems):
             out.print(problem, markup=False)
     if found.judgement.verdict == "drift":
         raise typer.Exit(1)
+
+
+def _table(report: Report) -> Table:
+    table = Table("measurement", "value", "unit", box=None)
+    for measurement in report.measurements:
+        table.add_row(measurement.name, f"{measurement.value:.4g}", measurement.unit)
+    return table
 
 
 def parse_window(text: str) -> timedelta:

@@ -9,6 +9,9 @@ from typing import Any
 from fettle.core.errors import UsageError
 from fettle.core.report import Direction, Measurement, Report
 
+# Measurements that say how others were taken; a difference between them means nothing.
+_CONDITIONS = ("latency.batch", "latency.threads")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
@@ -211,7 +214,7 @@ class Row:
 
 
 def compare_reports(a: Report, b: Report) -> tuple[Row, ...]:
-    """Every measurement of two reports side by side, in a's order, then what only b has.
+    """Every measurement of two reports side by side, in a's order, then what only b has; conditions are left out.
 
     >>> def of(value):
     ...     size = Measurement(name="size", value=value, unit="bytes", direction="lower")
@@ -221,7 +224,7 @@ def compare_reports(a: Report, b: Report) -> tuple[Row, ...]:
     (-300.0, 4.0, True)
     """
     names = dict.fromkeys(measurement.name for report in (a, b) for measurement in report.measurements)
-    return tuple(_row(name, _found(a, name), _found(b, name)) for name in names)
+    return tuple(_row(name, _found(a, name), _found(b, name)) for name in names if name not in _CONDITIONS)
 
 
 def _found(report: Report, name: str) -> Measurement | None:

@@ -134,12 +134,14 @@ def answers(model: torch.nn.Module, inputs: Tensors) -> Tensors:
 
 
 def similarity(left: torch.Tensor, right: torch.Tensor) -> float:
-    """Cosine between two tensors, each taken as one vector.
+    """Cosine between two tensors, each taken as one vector, however small; NaN where one is zero.
 
-    >>> similarity(torch.tensor([1.0, 0.0]), torch.tensor([[1.0, 0.0]]))
+    >>> similarity(torch.tensor([1e-20, 0.0]), torch.tensor([[2.0, 0.0]]))
     1.0
     """
-    return float(torch.nn.functional.cosine_similarity(left.flatten().double(), right.flatten().double(), dim=0))
+    # torch's own cosine_similarity takes lengths below 1e-8 for 1e-8.
+    one, other = left.flatten().double(), right.flatten().double()
+    return float(one @ other / (one.norm() * other.norm()))
 
 
 def _chosen() -> list[Case]:

@@ -18,7 +18,7 @@ from fettle.testing.models import CASES
 from fettle.testing.steps import answers, context_for, similarity
 
 every = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-# ONNX Runtime turns the linear layers of three-dimensional inputs into MatMulNBits, which rounds activations its own way.
+# ONNX Runtime turns linear layers of three-dimensional inputs into MatMulNBits, which rounds activations its own way.
 ATTENTION = ("norm_first", "norm_last")
 # A model whose every layer can run in integers leaves no float product behind.
 INTEGER = [name for name in CASES if name not in (*ATTENTION, "tied_weights")]

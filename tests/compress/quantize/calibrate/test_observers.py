@@ -65,7 +65,7 @@ def test_the_split_into_batches_hardly_matters(draw, size, generator):
     low, high = see(HistogramMSE, values).range()
     found = see(HistogramMSE, *values.split(size)).range()
     width = values.max() - values.min()
-    # Neighboring candidates of the search lie 2 percent of an end apart, and a bin is a 2048th of up to 4 times the range.
+    # Neighboring candidates lie 2 percent of an end apart, and a bin is a 2048th of up to 4 times the range.
     assert abs(found[0] - low) <= abs(low) * 0.08 + width / 256
     assert abs(found[1] - high) <= abs(high) * 0.08 + width / 256
 
