@@ -34,6 +34,8 @@ IMAGES = 64
 CORES = 2
 FEW, MANY = 1, 32
 READY_LIMIT_S = 60.0
+# More work of others than this, and the figures are told to be doubtful.
+QUIET_CORES = 0.1
 OURS = "fettle"
 
 
@@ -279,6 +281,9 @@ def tabulate_load(turns: Mapping[str, Sequence[Turn]], *, note: str, rounds: int
         )
     title = f"int8 ResNet-20 as a service: {note}, base64 in JSON, closed loop, two cores shared with the load, "
     title += f"median of {rounds} rounds"
+    elsewhere = statistics.median(turn.elsewhere_cores for found in turns.values() for turn in found) if turns else 0.0
+    if elsewhere >= QUIET_CORES:
+        title += f"; NOT a quiet machine: other work took {elsewhere:.1f} of the cores meanwhile"
     columns = ("system", f"req/s, {MANY} conn.", "p50, ms", "p99, ms", f"req/s, {FEW} conn.", "p50 alone, ms",
                "p99 alone, ms", "errors", "wrong of judged")  # fmt: skip
     return Table(title, columns, tuple(rows))

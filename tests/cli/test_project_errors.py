@@ -113,7 +113,9 @@ def test_wrong_data(refused, case):
     ],
 )
 def test_wrong_model(refused, change, words):
-    model = {"nn.Sequential(nn.Linear(6, 16)": f"type('Net', (nn.Sequential,), {{'forward': {change}}})(nn.Linear(6, 16)"}
+    model = {
+        "nn.Sequential(nn.Linear(6, 16)": f"type('Net', (nn.Sequential,), {{'forward': {change}}})(nn.Linear(6, 16)"
+    }
     line = refused(1, model=model)
     for word in ("fettle.toml", *words):
         assert word in line

@@ -24,7 +24,10 @@ def two(home, tiny):
 
 def test_list(run, two):
     rows = run("registry", "list", "--json", home=two).json
-    assert [(row["name"], row["version"], row["aliases"]) for row in rows] == [("tiny", 1, ["champion"]), ("tiny", 2, [])]
+    assert [(row["name"], row["version"], row["aliases"]) for row in rows] == [
+        ("tiny", 1, ["champion"]),
+        ("tiny", 2, []),
+    ]
     assert run("registry", "list", "tiny", "--json", home=two).json == rows
     table = run("registry", "list", home=two)
     assert table.code == 0

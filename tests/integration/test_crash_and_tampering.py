@@ -50,7 +50,9 @@ def test_load_refuses_a_changed_blob(spoiled):
 def test_serve_never_answers_from_a_changed_blob(spoiled):
     command = [sys.executable, "-m", "fettle", "serve", "tiny", "--port", "0", "--json"]
     environment = {**os.environ, "FETTLE_HOME": str(spoiled)}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
         try:
             ready, _, _ = select.select([process.stdout, process.stderr], [], [], PATIENCE_S)
             assert ready

@@ -311,11 +311,11 @@ def test_a_model_in_training_mode_is_left_as_it_was(go):
 
 def test_the_global_generators_are_left_alone(go):
     torch.manual_seed(5)
-    np.random.seed(5)  # noqa: NPY002
-    before = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    np.random.seed(5)
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()
     go(runtimes=NULL)
     assert torch.equal(before[0], torch.get_rng_state())
-    assert (before[1] == np.random.get_state()[1]).all()  # noqa: NPY002
+    assert (before[1] == np.random.get_state()[1]).all()
 
 
 def test_a_later_run_of_the_same_name_is_noticed(go):

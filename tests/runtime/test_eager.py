@@ -29,7 +29,7 @@ def test_every_model_comes_back_exactly(case, exported):
 
 def test_what_is_written_holds_no_path_and_no_source(eager_mlp):
     text = (eager_mlp[0] / "graph.json").read_text()
-    for private in (".py", "/work", "stack_trace", "forward", "File "):
+    for private in (".py", "/work", "stack_trace", "graph_id", "File "):
         assert private not in text
     assert set(safetensors.numpy.load_file(eager_mlp[0] / "weights.safetensors"))
 
@@ -138,14 +138,18 @@ def test_arithmetic_on_sizes_is_taken(text):
     refuse_foreign({"expr_str": text})
 
 
+def container(kind, context="null", children=()):
+    return {"type": kind, "context": context, "children_spec": list(children)}
+
+
 @pytest.mark.parametrize(
     "spec",
     [
-        '[1, {"type": "collections.defaultdict", "context": "{}", "children_spec": []}]',
-        '[1, {"type": "builtins.tuple", "context": "{\\"__enum__\\": true, \\"fqn\\": \\"os:x\\"}", "children_spec": []}]',
-        '[1, {"type": "collections.namedtuple", "context": "\\"a\\"", "children_spec": []}]',
-        '[1, {"type": "builtins.tuple", "context": "null", "children_spec": [{"type": "os.x", "context": "null", "children_spec": []}]}]',
-        '[1, {"type": "builtins.dict", "context": "[{\\"__enum__\\": true}]", "children_spec": []}]',
+        json.dumps([1, container("collections.defaultdict", "{}")]),
+        json.dumps([1, container("builtins.tuple", '{"__enum__": true, "fqn": "os:x"}')]),
+        json.dumps([1, container("builtins.dict", '[{"__enum__": true}]')]),
+        json.dumps([1, container("collections.namedtuple", '"a"')]),
+        json.dumps([1, container("builtins.tuple", children=[container("os.x")])]),
         "[1]",
         "null",
         "not json",
@@ -219,6 +223,6 @@ def test_weights_that_do_not_fit_the_graph_are_refused(what, eager_mlp):
     if what == "other shape":
         tensors[key] = np.zeros((2, 2), np.float32)
     safetensors.numpy.save_file(tensors, path)
+    artifact = seal(folder, signature)
     with pytest.raises(CorruptArtifact):
-        runner = Eager().load(seal(folder, signature), threads=1)
-        runner.run(named_data(CASES["mlp"], rows=2))
+        Eager().load(artifact, threads=1)

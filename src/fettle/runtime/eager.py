@@ -88,8 +88,21 @@ class Eager(RuntimeBase):
             program = deserializer.deserialize(graph, state, constants, None)
         except Exception as problem:
             raise CorruptArtifact(f"torch refuses the graph: {type(problem).__name__}: {problem}") from None
+        _check_weights(program)
         module = program.module(check_guards=False)
         return _Module(module, artifact.manifest.signature, threads)
+
+
+def _check_weights(program: torch.export.ExportedProgram) -> None:
+    """Raise CorruptArtifact where a weight is not of the shape that the graph was written for: torch does not look."""
+    placeholders = (node for node in program.graph.nodes if node.op == "placeholder")
+    for spec, node in zip(program.graph_signature.input_specs, placeholders, strict=True):
+        held, wanted = program.state_dict.get(spec.target or ""), node.meta.get("val")
+        if held is not None and wanted is not None and (held.shape, held.dtype) != (wanted.shape, wanted.dtype):
+            raise CorruptArtifact(
+                f"weight {spec.target} must be {wanted.dtype} of shape {list(wanted.shape)}, "
+                f"got {held.dtype} of {list(held.shape)}"
+            )
 
 
 def without_notes(data: Any) -> Any:
@@ -164,7 +177,8 @@ def _is_plain_container(text: Any) -> bool:
         while waiting:
             node = waiting.pop()
             keys = json.loads(node["context"] or "null")
-            if node["type"] not in _CONTAINERS or not all(isinstance(key, str | int) for key in keys or ()):
+            plain = keys is None or (isinstance(keys, list) and all(isinstance(key, str | int) for key in keys))
+            if node["type"] not in _CONTAINERS or not plain:
                 return False
             waiting.extend(node["children_spec"])
     except (ValueError, TypeError, KeyError, RecursionError):

@@ -41,7 +41,15 @@ class OnnxRuntime(RuntimeBase):
             session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as problem:
             raise CorruptArtifact(f"ONNX Runtime refuses model.onnx: {str(problem).splitlines()[0]}") from None
-        return _Session(session, artifact.manifest.signature)
+        signature = artifact.manifest.signature
+        for kind, specs, found in (
+            ("inputs", signature.inputs, session.get_inputs()),
+            ("outputs", signature.outputs, session.get_outputs()),
+        ):
+            wanted, names = [spec.name for spec in specs], [item.name for item in found]
+            if sorted(wanted) != sorted(names):
+                raise CorruptArtifact(f"model.onnx must have the {kind} {', '.join(wanted)}, got {', '.join(names)}")
+        return _Session(session, signature)
 
 
 class _Session(Runner):

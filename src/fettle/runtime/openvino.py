@@ -15,8 +15,9 @@ from fettle.core.errors import CorruptArtifact
 from fettle.core.runner import Runner, RuntimeBase
 from fettle.core.signature import Array, Signature
 
-# A kernel chosen for one batch size beats the one for any size by a fifth at batch 1; so many sizes are kept.
-_FIXED_SIZES = 8
+# A kernel chosen for one batch size beats the one for any size by a fifth at batch 1. Few sizes have one, so that a
+# server can warm them all: a compilation in the middle of traffic stalls every request behind it.
+_FIXED_SIZES = frozenset({1, 2, 4, 8, 16, 32})
 
 
 class OpenVino(RuntimeBase):
@@ -46,7 +47,7 @@ class OpenVino(RuntimeBase):
 
 
 class _Compiled(Runner):
-    """One compiled model for each of the first batch sizes seen, one of free size for the rest.
+    """One compiled model for each small power of two, when it is first seen; one of free size for all other batches.
 
     A request object holds its own buffers, so each thread has its own.
     """
@@ -82,9 +83,11 @@ class _Compiled(Runner):
         return dict(zip(self._names, results.to_tuple(), strict=True))
 
     def _fixed_size(self, rows: int) -> Any | None:
-        """The model compiled for this batch size, or None where enough sizes are held already."""
+        """The model compiled for this batch size, or None where it has none of its own."""
+        if rows not in _FIXED_SIZES:
+            return None
         with self._lock:
-            if rows not in self._fixed and len(self._fixed) < _FIXED_SIZES:
+            if rows not in self._fixed:
                 model = self._model.clone()
                 shapes = {}
                 for port in model.inputs:
@@ -93,7 +96,7 @@ class _Compiled(Runner):
                     shapes[port] = shape
                 model.reshape(shapes)
                 self._fixed[rows] = self._core.compile_model(model, "CPU", self._config)
-            return self._fixed.get(rows)
+            return self._fixed[rows]
 
 
 class _Slot:

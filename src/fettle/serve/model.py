@@ -149,9 +149,9 @@ def _compare(model: LoadedModel, inputs: Mapping[str, Array], expected: Mapping[
 
 
 def warm_up(model: LoadedModel, golden: Mapping[str, Array], *, max_batch_rows: int) -> None:
-    """Run the largest batch once, so that the first requests do not pay for memory and lazy compilation."""
+    """Run the largest batch and each power of two below it, so that no request pays for memory or lazy compilation."""
     if not model.row_wise:
         return
     inputs = {spec.name: golden[f"input:{spec.name}"] for spec in model.signature.inputs}
-    full = {name: np.resize(array, (max_batch_rows, *array.shape[1:])) for name, array in inputs.items()}
-    _run_once(model, full, None)
+    for rows in {max_batch_rows, *(2**power for power in range(max_batch_rows.bit_length()))}:
+        _run_once(model, {name: np.resize(array, (rows, *array.shape[1:])) for name, array in inputs.items()}, None)
