@@ -27,7 +27,7 @@ def test_no_log_is_not_enough_data(run, home):
         (["tiny:7"], 1, ["7"]),
         (["tiny", "--window", "soon"], 2, ["soon", "30m"]),
         (["tiny", "--window", "0m"], 2, ["0m"]),
-        (["tiny", "--webhook", "not-a-url"], 1, ["not-a-url"]),
+        (["tiny", "--webhook", "not-a-url"], 1, ["webhook", "http://"]),
     ],
 )
 def test_refused(run, home, arguments, code, words):

@@ -17,12 +17,12 @@ PROJECT_ERRORS = {
     "no validation": ({"toml": {VALIDATION: ""}}, ["fettle.toml", "validation"]),
     "no colon": ({"toml": {'"model:build"': '"model.build"'}}, ["fettle.toml", "model.build", "module:function"]),
     "no module": ({"toml": {'"model:build"': '"modle:build"'}}, ["fettle.toml", "model.build", "no file modle.py"]),
-    "no function": ({"toml": {'"model:build"': '"model:biuld"'}}, ["fettle.toml", "model.build", "did you mean 'build'"]),
+    "no function": ({"toml": {'"model:build"': '"model:biuld"'}}, ["model.build", "did you mean 'build'"]),
     "no loader": ({"toml": {VALIDATION: 'validation = "data:val"\n'}}, ["fettle.toml", "data.validation", "'val'"]),
     "no train loader": ({"toml": {'"data:train"': '"data:trian"'}}, ["fettle.toml", "data.train", "'train'"]),
     "module raises": ({"model": "1 / 0"}, ["fettle.toml", "model.build", "ZeroDivisionError"]),
     "module does not parse": ({"model": "def build(:"}, ["fettle.toml", "model.build", "SyntaxError"]),
-    "module lacks a package": ({"model": "import absent_package"}, ["model.build", "'absent_package'", "not installed"]),
+    "module lacks a package": ({"model": "import absent_package"}, ["model.build", "'absent_package'", "installed"]),
     "build raises": ({"model": {"    with torch": '    raise OSError("no weights")\n    with torch'}},
                      ["fettle.toml", "model.build", "OSError: no weights"]),
     "loader raises": ({"data": {"return rows(60, 1)": "return 1 / 0"}}, ["data.validation", "ZeroDivisionError"]),
@@ -36,7 +36,7 @@ PROJECT_ERRORS = {
     "example is no tensor": ({"model": {"(torch.zeros(1, 6),)": "([0.0] * 6,)"}}, ["model.example", "tensor", "list"]),
     "example is empty": ({"model": {"(torch.zeros(1, 6),)": "()"}}, ["model.example", "non-empty"]),
     "example without rows": ({"model": {"zeros(1, 6)": "zeros(0, 6)"}}, ["model.example", "at least one row"]),
-    "unknown metric": ({"toml": {'"accuracy"': '"acuracy"'}}, ["fettle.toml", "task.metric", "did you mean 'accuracy'"]),
+    "unknown metric": ({"toml": {'"accuracy"': '"acuracy"'}}, ["task.metric", "did you mean 'accuracy'"]),
     "metric to be small": ({"toml": {'"accuracy"': '"mean_squared_error"'}},
                            ["fettle.toml", "task.metric", "higher must be better"]),
     "no such metric function": ({"toml": {'"accuracy"': '"data:score"'}}, ["fettle.toml", "task.metric", "'score'"]),
@@ -53,7 +53,7 @@ PROJECT_ERRORS = {
     "image does not fit": ({"toml": {"[budget]": '[preprocess]\nimage = { mode = "L", resize = 8, crop = 8, '
                                                  "mean = [0.0], std = [1.0] }\n[budget]"}},
                            ["fettle.toml", "preprocess.image", "8, 8"]),
-    "image of wrong means": ({"toml": {"[budget]": '[preprocess]\nimage = { mode = "L", mean = [0.0, 1.0] }\n[budget]'}},
+    "image of wrong means": ({"toml": {"[budget]": '[preprocess]\nimage = { mean = [0.0, 1.0] }\n[budget]'}},
                              ["fettle.toml", "mean"]),
 }  # fmt: skip
 

@@ -52,13 +52,11 @@ def test_answers_without_torch_logs_and_drains(home, tiny):
             assert answer.status_code == 200, answer.text
             (output,) = answer.json()["outputs"]
             assert output["shape"] == [1, 3]
-            predicted = client.post("/predict", json={"inputs": {"input": rows}})
-            assert predicted.status_code in (200, 400, 422), predicted.text
             assert client.get("/health").json()["version"] == 1
             refused = client.post("/v2/models/tiny/infer", json={"inputs": [{**tensor, "shape": [1, 5]}]})
             assert refused.status_code == 400
         process.send_signal(signal.SIGTERM)
-        out, err = process.communicate(timeout=PATIENCE_S)
+        _, err = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, err
     assert "Traceback" not in err
     assert list((home / "observations" / "tiny").glob("*.parquet"))

@@ -110,7 +110,7 @@ def test_the_test_split_is_read_by_the_best_and_the_original_only(whole):
 
 
 def test_the_paired_difference_is_that_of_the_rows(whole):
-    outcome, _, home, _ = whole
+    outcome = whole[0]
     split = rows(mlp(), seed=3)
     best, original = outcome.best.load(), outcome.baseline.load()
     right = [

@@ -69,7 +69,7 @@ def test_errors_of_ours_pass_as_they_are():
     def runner(x):
         raise DataError("as it is")
 
-    with pytest.raises(DataError, match="^as it is$"):
+    with pytest.raises(DataError, match=r"^as it is$"):
         answer(runner, (np.zeros((4, 2), np.float32),))
 
 

@@ -129,16 +129,16 @@ def _captured(model: torch.nn.Module, example: Tensors) -> torch.export.Exported
         inputs = two_rows(example)
     except DataError as problem:
         raise Misfit("example", str(problem)) from None
-    _check_example(model, inputs)
+    _check_example(model, inputs, example)
     return export_program(model, inputs)
 
 
-def _check_example(model: torch.nn.Module, example: Tensors) -> None:
+def _check_example(model: torch.nn.Module, inputs: Tensors, example: Tensors) -> None:
     """Run the model once: torch.export would blame the capture for a wrong example, or even let it pass."""
     still = model if not any(module.training for module in model.modules()) else copy.deepcopy(model).eval()
     with torch.no_grad(), quiet():
         try:
-            still(*example)
+            still(*inputs)
         except Exception as problem:
             shapes = ", ".join(f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}" for tensor in example)
             first = next(iter(str(problem).strip().splitlines()), "no message")
