@@ -36,6 +36,8 @@ class Bad(Eager):
         self.exports += 1
         if self.fault == "other bytes":
             (directory / "stamp.txt").write_text(str(self.exports))
+        if self.fault == "source":
+            (directory / "notes.txt").write_text("fettle.testing.models, line 3")
         if self.fault == "pickle":
             (directory / "weights.pt").write_bytes(b"PK\x03\x04 and so on")
 
@@ -79,6 +81,7 @@ class Altered(Runner):
         ("one buffer", runtimes.answers_several_threads),
         ("strides", runtimes.takes_views),
         ("other bytes", runtimes.writes_the_same_twice),
+        ("source", runtimes.writes_no_source),
         ("pickle", runtimes.writes_no_pickle),
         ("trusting", runtimes.refuses_foreign_files),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,9 +24,26 @@ def write_onnx(program: torch.export.ExportedProgram, path: Path, *, inputs: lis
             warnings.simplefilter("ignore")
             onnx = torch.onnx.export(program, dynamo=True, verbose=False, input_names=inputs, output_names=outputs)
             assert onnx is not None
+            _forget_sources(onnx.model)
             onnx.save(path, external_data=False)
     except Exception as problem:
         first = next((line for line in str(problem).splitlines() if line.strip()), type(problem).__name__)
         raise ExportError(f"the model cannot be written as ONNX: {first}") from problem
     finally:
         noisy.setLevel(level)
+
+
+def _forget_sources(model: Any) -> None:
+    """Drop what the exporter notes at each node: paths and lines of the user's code, other on every machine.
+
+    It is also two thirds of a small model's file.
+    """
+    for graph in (model.graph, *model.functions.values()):
+        graph.metadata_props.clear()
+        values = [*graph.inputs, *getattr(graph, "initializers", {}).values()]
+        for node in graph.all_nodes():
+            node.metadata_props.clear()
+            node.doc_string = None
+            values.extend(node.outputs)
+        for value in values:
+            value.metadata_props.clear()

@@ -159,6 +159,15 @@ def writes_the_same_twice(runtime: RuntimeBase, folder: Path) -> None:
             assert path.read_bytes() == again, f"{case.name}: {path.name} must be the same each time"
 
 
+def writes_no_source(runtime: RuntimeBase, folder: Path) -> None:
+    """Nothing about the code the model was written in: it is private, and other on every machine."""
+    export_case(runtime, CASES["residual"], folder / "model")
+    for path in files(folder / "model"):
+        content = path.read_bytes()
+        for trace in (__file__.encode(), b"models.py", b"stack_trace", b"fettle.testing"):
+            assert trace not in content, f"{path.name} must not hold {trace!r}"
+
+
 def writes_no_pickle(runtime: RuntimeBase, folder: Path) -> None:
     """A file that unpickling could be tried on is no model file."""
     export_case(runtime, CASES["mlp"], folder / "model")
@@ -207,6 +216,7 @@ CHECKS: tuple[Callable[[RuntimeBase, Path], None], ...] = (
     answers_several_threads,
     takes_views,
     writes_the_same_twice,
+    writes_no_source,
     writes_no_pickle,
     refuses_altered_files,
     refuses_foreign_files,

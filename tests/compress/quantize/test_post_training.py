@@ -207,3 +207,10 @@ def test_inputs_that_are_always_zero_do_not_break_it():
     zeros = torch.zeros(4, 3)
     quantized = PostTraining().apply(model, Context(example=(zeros,), calibration=[(zeros,)]))
     torch.testing.assert_close(quantized(zeros), model(zeros), atol=0.02, rtol=0.02)
+
+
+@every
+def test_nothing_is_kept_that_no_node_reads(case):
+    quantized = quantize(case)
+    read = {str(node.target) for node in quantized.graph.nodes if node.op == "get_attr"}
+    assert set(quantized.state_dict()) <= read

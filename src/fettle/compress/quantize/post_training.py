@@ -11,6 +11,7 @@ from torch.fx import Interpreter, Node
 
 from fettle.compress.capture import capture, layer_of, quiet
 from fettle.compress.quantize.calibrate._base import Observer
+from fettle.compress.quantize.graph.constants import drop_unused
 from fettle.compress.quantize.graph.convert import insert_quantizers
 from fettle.compress.quantize.graph.fold import fold_batch_norm
 from fettle.compress.quantize.graph.placement import place
@@ -61,6 +62,7 @@ class PostTraining(Step):
             calibrate(graph, observers, context, limit=self.batches)
         parameters = {node: affine_for_range(*seen.range()) for node, seen in observers.items()}
         insert_quantizers(graph, placement, parameters)
+        drop_unused(graph)
         for sentence in placement.left_float:
             context.note(sentence)
         return graph

@@ -31,3 +31,16 @@ def put_constant(graph: torch.fx.GraphModule, name: str, value: torch.Tensor) ->
     node = graph.graph.get_attr(free)
     node.meta["val"] = value
     return node
+
+
+def drop_unused(graph: torch.fx.GraphModule) -> None:
+    """Forget the parameters and buffers that no node reads any more, such as the float form of an int8 weight."""
+    read = {str(node.target) for node in graph.graph.nodes if node.op == "get_attr"}
+    held = [
+        name
+        for name, _ in (*graph.named_parameters(remove_duplicate=False), *graph.named_buffers(remove_duplicate=False))
+    ]
+    for name in held:
+        if name not in read:
+            path, _, leaf = name.rpartition(".")
+            delattr(graph.get_submodule(path), leaf)
