@@ -20,7 +20,6 @@ def package(tmp_path, monkeypatch):
     folder.mkdir()
     (folder / "__init__.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(sys.modules[__name__], "__name__", __name__)
     monkeypatch.setitem(sys.modules, "base_of_tests", sys.modules[__name__])
 
     def add(name, text):

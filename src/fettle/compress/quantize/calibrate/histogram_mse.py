@@ -23,7 +23,7 @@ class HistogramMSE(Observer):
     in torch's HistogramObserver, but with exact merges.
 
     >>> observer = HistogramMSE()
-    >>> values = torch.linspace(0, 1, 10_000)
+    >>> values = torch.linspace(0, 1, 1_000_000)
     >>> observer.update(torch.cat([values, torch.tensor([8.0])]))
     >>> low, high = observer.range()
     >>> low == 0.0 and high < 4.0
