@@ -10,8 +10,15 @@ from typing import Any
 import torch
 
 from fettle.core.errors import ExportError
+from fettle.core.signature import Signature
 
 FILE = "model.onnx"
+
+
+def export_onnx(program: torch.export.ExportedProgram, directory: Path, signature: Signature) -> None:
+    """What `export` of a runtime that reads ONNX does: `model.onnx` with the signature's names. Raises ExportError."""
+    inputs, outputs = ([spec.name for spec in specs] for specs in (signature.inputs, signature.outputs))
+    write_onnx(program, directory / FILE, inputs=inputs, outputs=outputs)
 
 
 def write_onnx(program: torch.export.ExportedProgram, path: Path, *, inputs: list[str], outputs: list[str]) -> None:

@@ -26,14 +26,9 @@ class OpenVino(RuntimeBase):
     precisions: ClassVar[frozenset[str]] = frozenset({"float", "int8"})
 
     def export(self, program: Any, directory: Path, signature: Signature) -> None:
-        from fettle.runtime._onnx import FILE, write_onnx  # torch is needed to export, never to serve
+        from fettle.runtime._onnx import export_onnx  # torch is needed to export, never to serve
 
-        write_onnx(
-            program,
-            directory / FILE,
-            inputs=[spec.name for spec in signature.inputs],
-            outputs=[spec.name for spec in signature.outputs],
-        )
+        export_onnx(program, directory, signature)
 
     def load(self, artifact: Artifact, *, threads: int) -> Runner:
         try:
