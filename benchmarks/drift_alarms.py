@@ -18,7 +18,7 @@ from scipy import ndimage, stats
 from sklearn.datasets import load_digits
 from sklearn.neural_network import MLPClassifier
 
-from fettle.core.observation import input_statistics
+from fettle.core.statistics import input_statistics
 from fettle.monitor.drift.ks import KolmogorovSmirnov
 from fettle.monitor.drift.psi import PopulationStability
 from fettle.monitor.verdict import Judgement, judge

@@ -184,3 +184,22 @@ def eager_only(monkeypatch: pytest.MonkeyPatch) -> None:
     from fettle.runtime.eager import Eager
 
     monkeypatch.setattr("fettle.core.plugins.installed", lambda package, base: {"eager": Eager})
+
+
+@pytest.fixture
+def one_thread():
+    """For folders whose tests of torch are many and small."""
+    import torch  # most tests do without
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def generator():
+    """A generator of torch with a fixed seed."""
+    import torch
+
+    return torch.Generator().manual_seed(0)

@@ -39,6 +39,7 @@ TORCH_AT_TOP = (
     "runtime/eager.py",
     "runtime/inductor.py",
     "runtime/_onnx.py",
+    "runtime/_operations.py",
     "demo/",
 )
 FORBIDDEN_NAMES = {"utils.py", "helpers.py", "util.py", "helper.py", "misc.py", "common.py"}

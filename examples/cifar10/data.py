@@ -69,9 +69,14 @@ def test() -> Batches:
 
 def decode(jpeg: bytes) -> np.ndarray:
     """One image (3, 32, 32) as the weights expect it: RGB, divided by 255, normalized."""
-    with Image.open(io.BytesIO(jpeg)) as image:
-        pixels = np.asarray(image.convert("RGB"), np.float32) / 255
+    pixels = decode_pixels(jpeg).astype(np.float32) / 255
     return np.ascontiguousarray(((pixels - MEAN) / STD).transpose(2, 0, 1))
+
+
+def decode_pixels(jpeg: bytes) -> np.ndarray:
+    """One image (32, 32, 3) as it is stored: RGB, uint8."""
+    with Image.open(io.BytesIO(jpeg)) as image:
+        return np.array(image.convert("RGB"))
 
 
 def data_folder() -> Path:

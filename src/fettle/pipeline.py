@@ -21,7 +21,7 @@ from fettle.core.home import Home
 from fettle.core.machine import describe_hardware, describe_versions
 from fettle.core.names import check_name
 from fettle.core.project import Project
-from fettle.core.recipe import Budget
+from fettle.core.recipe import Budget, Recipe
 from fettle.core.signature import ImagePreprocess
 from fettle.evaluate.choose import choose, describe, describe_precision, shortfall
 from fettle.evaluate.comparison import Comparison, SplitUse
@@ -54,6 +54,7 @@ class Wishes(TypedDict, total=False):
     threads: int
     batch: int
     runtimes: tuple[str, ...]
+    recipes: tuple[Recipe, ...]
     home: Path | str | None
     register: bool
     progress: Progress
@@ -98,11 +99,13 @@ def optimize(
     """Find the best form of a trained model under a budget, register it, and write the report.
 
     example: inputs, batch first. train, validation, test: iterables of (inputs, targets) batches, or callables that
-    return one. Choices are made on validation; test is read at the end, for the final figures; train only calibrates.
+    return one. Choices are made on validation; test is read at the end, for the final figures; train calibrates, and
+    teaches the steps that train.
     metric: a known name, or a function of (outputs, targets) arrays where higher is better.
 
     name: in the registry ("model"). classes: names in order. image: how the server turns an image into the input.
     seed (0). threads: for every runtime (1). batch: rows per timed call (1). runtimes: names, empty for all installed.
+    recipes: what to try besides the untouched model, empty for what fettle thinks of.
     home: the state folder ($FETTLE_HOME, else .fettle). register: False leaves the registry alone.
     progress: called with (what is done now, share of it from 0 to 1).
 
@@ -127,12 +130,14 @@ def optimize(
             threads=wishes.get("threads", 1),
             batch=wishes.get("batch", 1),
             progress=wishes.get("progress", _silent),
+            checkpoints=root / "checkpoints",
         )
-        return _optimize(task, home, root, runtimes=wishes.get("runtimes", ()), register=wishes.get("register", True))
+        tried = try_all(task, root, runtimes=wishes.get("runtimes", ()), recipes=wishes.get("recipes", ()))
+        return _conclude(task, tried, home, root, register=wishes.get("register", True))
 
 
-def _optimize(task: Task, home: Home, root: Path, *, runtimes: Sequence[str], register: bool) -> Outcome:
-    tried = try_all(task, root, runtimes=runtimes)
+def _conclude(task: Task, tried: Tried, home: Home, root: Path, *, register: bool) -> Outcome:
+    """Measure what was built side by side, choose, register, report."""
     task.progress("latency, side by side", 0.9)
     trials, failures = measure(task, tried.built, baseline=BASELINE)
     for label, reason in failures.items():
@@ -180,6 +185,8 @@ def _compare(
         front=tuple(front_of(candidates)),
         floor=task.budget.floor(original.metric.value),
         left_float=tried.notes,
+        decisions=tried.decisions,
+        layers=tried.layers,
         splits=_splits(task),
         hardware=describe_hardware(),
         versions=tuple(f"{package} {version}" for package, version in describe_versions().items()),
@@ -187,7 +194,15 @@ def _compare(
     )
 
 
-def optimize_project(project: Project, *, home: Home, progress: Progress | None = None, threads: int = 1) -> Outcome:
+def optimize_project(
+    project: Project,
+    *,
+    home: Home,
+    progress: Progress | None = None,
+    threads: int = 1,
+    recipes: tuple[Recipe, ...] = (),
+    runtimes: tuple[str, ...] = (),
+) -> Outcome:
     """The same for a `fettle.toml`.
 
     Raises ProjectError naming file and key for what is wrong there; what `optimize` raises names the file.
@@ -218,6 +233,8 @@ def optimize_project(project: Project, *, home: Home, progress: Progress | None 
             image=file.preprocess.image,
             seed=file.budget.seed,
             threads=threads,
+            recipes=recipes,
+            runtimes=runtimes,
             home=home.root,
             progress=progress or _silent,
         )

@@ -1,5 +1,7 @@
+import importlib
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -8,7 +10,13 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 @pytest.fixture(autouse=True)
 def benchmarks_are_importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Benchmarks are scripts: they find each other because they lie in one folder."""
+    """Benchmarks are scripts: they find each other because they lie in one folder. Each test imports them anew."""
     monkeypatch.syspath_prepend(BENCHMARKS)
-    for name in ("harness", "readme_tables", "engines", "ptq_peers", "ptq_cifar"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
+    scripts = {path.stem for path in BENCHMARKS.iterdir()}
+    for name in [name for name in sys.modules if name.partition(".")[0] in scripts]:
+        monkeypatch.delitem(sys.modules, name)
+
+
+@pytest.fixture
+def serve() -> ModuleType:
+    return importlib.import_module("serve")

@@ -1,7 +1,6 @@
 import asyncio
 import importlib
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,20 +8,6 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-
-MODULES = ("serve", "serve_peers.artifact", "serve_peers.generators", "serve_peers.processes", "serve_peers")
-
-
-@pytest.fixture(autouse=True)
-def fresh_modules(monkeypatch: pytest.MonkeyPatch, benchmarks_are_importable: None) -> None:
-    for name in MODULES:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-
-
-@pytest.fixture
-def serve() -> ModuleType:
-    return importlib.import_module("serve")
-
 
 # Judging and telling
 

@@ -19,19 +19,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-MODULES = ("serve", "serve_peers.artifact", "serve_peers.generators", "serve_peers.processes", "serve_peers")
-
-
-@pytest.fixture(autouse=True)
-def fresh_modules(monkeypatch: pytest.MonkeyPatch, benchmarks_are_importable: None) -> None:
-    for name in MODULES:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-
-
-@pytest.fixture
-def serve() -> ModuleType:
-    return importlib.import_module("serve")
-
 
 @pytest.fixture
 def generators() -> ModuleType:
@@ -332,4 +319,6 @@ def test_cpu_time_is_the_kernels(processes: ModuleType) -> None:
 
 def test_a_free_port_is_free(processes: ModuleType) -> None:
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", processes.free_port()))
+        port = processes.free_port()
+        probe.bind(("127.0.0.1", port))
+        assert probe.getsockname()[1] == port

@@ -2,6 +2,7 @@
 
 import fettle.core.plugins
 from fettle.core.errors import MissingExtra
+from fettle.runtime.onnxruntime import OnnxRuntime
 
 
 def test_json(run, tmp_path):
@@ -9,8 +10,8 @@ def test_json(run, tmp_path):
     assert set(facts) == {"hardware", "home", "versions", "runtimes"}
     assert facts["home"] == str(tmp_path)
     assert {"python", "torch", "numpy"} <= set(facts["versions"])
-    assert set(facts["runtimes"]) == {"eager", "null", "onnxruntime", "openvino"}
-    assert facts["runtimes"]["onnxruntime"] == "ready: float, int8"
+    assert set(facts["runtimes"]) == {"eager", "inductor", "null", "onnxruntime", "openvino"}
+    assert facts["runtimes"]["onnxruntime"] == "ready: " + ", ".join(sorted(OnnxRuntime.precisions))
     assert "cores" in facts["hardware"]
 
 

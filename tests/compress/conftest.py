@@ -1,19 +1,10 @@
-"""One thread for torch here: its tests are many and small."""
+"""One thread for torch here."""
 
 from __future__ import annotations
 
 import pytest
-import torch
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def generator():
-    return torch.Generator().manual_seed(0)
+def _one_thread(one_thread):
+    return one_thread

@@ -5,8 +5,8 @@ import warnings
 import pytest
 import torch
 
-from fettle.compress.capture import capture, export_program, layer_of, two_rows
-from fettle.core.errors import CaptureError, DataError
+from fettle.compress.capture import capture, check_layer_names, export_program, is_named, layer_of, two_rows
+from fettle.core.errors import CaptureError, DataError, UsageError
 from fettle.testing.models import CASES, BranchOnValue, FixedBatch
 from fettle.testing.steps import answers
 
@@ -111,4 +111,25 @@ def test_layers_are_named():
 def test_torch_warnings_stay_inside():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        export_program(CASES["norm_first"].build(), CASES["norm_first"].data(rows=2))
+        program = export_program(CASES["norm_first"].build(), CASES["norm_first"].data(rows=2))
+    assert program.graph_signature.user_outputs
+
+
+def test_names_of_layers_are_checked():
+    graph = capture(CASES["mlp"].build(), CASES["mlp"].data(rows=2))
+    layers = [node for node in graph.graph.nodes if node.target == torch.ops.aten.linear.default]
+    check_layer_names(layers, ("0", "4"))
+    with pytest.raises(UsageError, match="keep_float must be a tuple of names, got the string '0'"):
+        check_layer_names(layers, "0")
+    for wrong in ("nine", "1"):  # 1 is a ReLU, which keep_float cannot keep
+        with pytest.raises(UsageError, match=f"nothing that would be quantized: '{wrong}'. Layers: 0, 2, 4"):
+            check_layer_names(layers, (wrong,))
+
+
+def test_the_name_of_a_module_stands_for_the_layers_in_it():
+    graph = capture(CASES["norm_first"].build(), CASES["norm_first"].data(rows=2))
+    layers = [node for node in graph.graph.nodes if node.target == torch.ops.aten.linear.default]
+    named = [layer_of(node) for node in layers if is_named(node, ("layer.self_attn", "head"))]
+    assert named == ["layer.self_attn.in_proj", "layer.self_attn.out_proj", "head"]
+    assert not any(is_named(node, ("layer.self",)) for node in layers)
+    check_layer_names(layers, ("layer.self_attn",))

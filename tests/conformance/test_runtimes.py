@@ -14,7 +14,8 @@ FOUND = plugins.installed("fettle.runtime", RuntimeBase)
 
 
 @pytest.mark.parametrize("check", runtimes.CHECKS, ids=lambda check: check.__name__)
-@pytest.mark.parametrize("name", sorted(FOUND))
+# Inductor compiles each model for some 5 s: tests/runtime/test_inductor.py runs the checks that compile few.
+@pytest.mark.parametrize("name", sorted(name for name, cls in FOUND.items() if cls.by_default))
 def test_every_runtime_conforms(name, check, tmp_path):
     check(FOUND[name](), tmp_path)
 

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from fettle.core.observation import SCHEMA, STATISTICS, input_statistics
+from fettle.core.observation import SCHEMA
+from fettle.core.statistics import STATISTICS, input_statistics
 
 
 def slow(row):

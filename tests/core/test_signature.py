@@ -121,3 +121,24 @@ def test_bad_preprocessing_is_refused(options):
 def test_the_default_preprocessing_is_that_of_imagenet():
     assert ImagePreprocess().shape == (3, 224, 224)
     assert ImagePreprocess(mode="L", resize=28, crop=28, mean=(0.5,), std=(0.5,)).shape == (1, 28, 28)
+
+
+@pytest.mark.parametrize("size", [1, 3, 8192, 8193])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_one_value_that_is_not_finite_is_found(size, value, dtype):
+    spec = TensorSpec(name="x", dtype=dtype, shape=("batch",))
+    array = np.full(size, np.finfo(dtype).max, dtype)  # whose squares overflow
+    spec.check(array)
+    array[size // 2] = value
+    with pytest.raises(InvalidInput, match="must be finite"):
+        spec.check(array)
+
+
+def test_values_that_are_not_contiguous_are_looked_at_too():
+    whole = np.zeros((4, 4), np.float32)
+    whole[:, 1] = np.nan
+    spec = TensorSpec(name="x", dtype="float32", shape=("batch", 2))
+    spec.check(whole[:, ::2])
+    with pytest.raises(InvalidInput, match="must be finite"):
+        spec.check(whole[:, 1::2])

@@ -47,7 +47,17 @@ def test_the_plain_form_of_a_comparison(candidate: Make) -> None:
         report="runs/1/report.html",
     )
     plain = comparison.to_json()
-    assert list(plain) == ["name", "met_floor", "best", "baseline", "candidates", "front", "report"]
+    assert list(plain) == [
+        "name",
+        "met_floor",
+        "best",
+        "baseline",
+        "candidates",
+        "front",
+        "decisions",
+        "layers",
+        "report",
+    ]
     assert plain["candidates"] == [original.to_json(), fast.to_json()]
     assert plain["front"] == [plain["best"]] == [fast.to_json()]
     assert plain["baseline"] == original.to_json()

@@ -19,6 +19,7 @@ from fettle.core.report import Measurement
 from fettle.evaluate import figures
 from fettle.evaluate.comparison import Candidate, Comparison, SplitUse
 from fettle.evaluate.html import render_html, write_html, write_rows_html
+from fettle.evaluate.layers import LayerLine
 
 Make = Callable[..., Candidate]
 EVIL = "<script>alert('x')</script> & \"$\\frac{1}{2}$\" ]]>"
@@ -32,6 +33,17 @@ def of(candidate: Make, *others: Candidate, label: str = "int8", **fields: Any) 
         "baseline": original, "candidates": (original, best, *others), "front": (best, original),
     }  # fmt: skip
     return Comparison(**{**values, **fields})
+
+
+def layers_of(count: int, *, floats: int = 0, name: str = "blocks.{}.conv") -> tuple[LayerLine, ...]:
+    """In order of execution; each weaker than the one before it, and the last ones given back."""
+    return tuple(
+        LayerLine(
+            layer=name.format(place), kind="convolution", sqnr_db=40.0 - 0.25 * place, spread=3.0, share=-0.012,
+            cost_ms=-0.25, precision="float" if place >= count - floats else "int8",
+        )
+        for place in range(count)
+    )  # fmt: skip
 
 
 class Reader(HTMLParser):
@@ -121,6 +133,8 @@ def test_everything_given_is_escaped(candidate: Make) -> None:
         name=EVIL,
         sentences=(EVIL, EVIL),
         left_float=(EVIL,),
+        decisions=(EVIL,),
+        layers=layers_of(1, floats=1, name=EVIL.replace("{1}{2}", "{{1}}{{2}}")),
         splits=(SplitUse(name=EVIL, rows=1, digest=EVIL, purpose=EVIL),),
         hardware=EVIL,
         versions=(EVIL,),
@@ -153,6 +167,73 @@ def test_pictures_are_well_formed_and_take_their_colors_from_the_page(candidate:
     assert {comparison.best.label, "original"} <= {one.label for one in figures.bars_of(comparison)}
 
 
+def test_without_int8_nothing_is_said_of_layers_and_corrections(candidate: Make) -> None:
+    text = render_html(of(candidate))
+    assert "layer by layer" not in text
+    assert "Corrections" not in text
+
+
+def test_corrections_are_listed_in_their_own_words(candidate: Make) -> None:
+    decisions = ("adaround: kept, divergence from float 0.0042 before", "smooth quant: left out, it failed: <no>")
+    text = " ".join(read(render_html(of(candidate, decisions=decisions))).text)
+    assert "Corrections of int8" in text
+    for decision in decisions:
+        assert decision in text
+
+
+def test_the_account_of_a_layer_holds_every_figure(candidate: Make) -> None:
+    given = LayerLine(
+        layer="head.fc", kind="linear", sqnr_db=-3.25, spread=900.0, share=0.815, cost_ms=0.012, precision="float"
+    )
+    plain = LayerLine(layer="stem", kind="convolution", sqnr_db=31.0, spread=2.5)
+    text = " ".join(" ".join(read(render_html(of(candidate, layers=(plain, given)))).text).split())
+    row = "2 head.fc linear −3.2 dB 81.5 % 900× 12.0 µs float 1 stem convolution 31.0 dB — 2.50× — int8"
+    assert row in text
+    assert given.sentence() in text
+    assert plain.sentence() not in text
+    assert "are not shown" not in text
+
+
+@pytest.mark.parametrize(
+    ("count", "floats", "rows"), [(1, 0, 1), (5, 1, 5), (20, 0, 20), (21, 0, 20), (120, 2, 20), (120, 33, 33)]
+)
+def test_of_many_layers_the_weakest_and_all_given_back_are_shown(
+    candidate: Make, count: int, floats: int, rows: int
+) -> None:
+    text = render_html(of(candidate, layers=layers_of(count, floats=floats)))
+    table = text[text.index("input channel spread") :]
+    table = table[: table.index("</table>")]
+    assert table.count("<tr>") == rows
+    assert table.count('<td class="warn">float</td>') == floats
+    told = f"{count - rows} more layers are not shown"
+    assert (told in text) is (count > rows)
+
+
+@pytest.mark.parametrize("floats", [0, 1])
+@pytest.mark.parametrize("count", [1, 2, 5, 26, 27, 120])
+def test_the_picture_of_layers_is_well_formed_and_names_what_it_can(count: int, floats: int) -> None:
+    lines = layers_of(count, floats=floats)
+    drawn = figures.draw_layers(lines)
+    ElementTree.fromstring(drawn)
+    assert "#01f0a" not in drawn
+    assert ("var(--baseline)" in drawn) is (floats > 0)
+    assert drawn == figures.draw_layers(lines)
+    places = figures.named_places(lines)
+    assert count - 1 in places  # the weakest
+    assert places == sorted(set(places))
+    assert len(places) == count if count <= 26 else 10 <= len(places) <= 27
+    for place in places:
+        assert lines[place].layer in drawn
+
+
+@pytest.mark.parametrize("decibels", [-99.0, -0.0, 0.0, 15.0, 99.0])
+def test_columns_of_extreme_layers_stay_in_the_picture(decibels: float) -> None:
+    lines = [LayerLine(layer="x" * 300, kind="linear", sqnr_db=decibels, spread=1e30) for _ in range(3)]
+    drawn = figures.draw_layers(lines)
+    ElementTree.fromstring(drawn)
+    assert f"…{'x' * 25}<" in drawn.replace("\n", "")
+
+
 def test_when_everything_failed_there_is_still_a_report(candidate: Make) -> None:
     original = candidate("original", 0.9, 4.0)
     comparison = of(candidate, candidates=(candidate("x", failure="no"),), front=(), best=original, baseline=original)
@@ -161,7 +242,7 @@ def test_when_everything_failed_there_is_still_a_report(candidate: Make) -> None
 
 @pytest.mark.parametrize(("accuracy", "p50", "size"), [(1.0, 1.0, 0), (0.0, 1e-4, 1), (0.5, 5e4, 10**12)])
 def test_extreme_numbers_are_drawn(candidate: Make, accuracy: float, p50: float, size: int) -> None:
-    read(render_html(of(candidate, candidate("extreme", accuracy, p50, size))))
+    assert "extreme" in " ".join(read(render_html(of(candidate, candidate("extreme", accuracy, p50, size)))).text)
 
 
 def test_a_missed_floor_is_not_called_kept(candidate: Make) -> None:
@@ -188,7 +269,7 @@ def test_evaluation_starts_without_torch_and_matplotlib_and_never_needs_pyplot()
     code = """
 import sys
 from fettle.core import data
-from fettle.evaluate import choose, footprint, html, intervals, latency, metric, paired, pareto, parity, table
+from fettle.evaluate import choose, footprint, html, intervals, latency, layers, metric, paired, pareto, parity, table
 assert not {"torch", "matplotlib", "scipy"} & set(sys.modules), sys.modules.keys()
 from fettle.evaluate import figures
 assert "matplotlib.pyplot" not in sys.modules

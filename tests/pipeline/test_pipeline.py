@@ -122,7 +122,7 @@ def test_the_paired_difference_is_that_of_the_rows(whole):
 
 def test_training_data_only_calibrates(whole):
     outcome, passes, _, _ = whole
-    assert passes["train"] == 2  # once to check and hash, once to calibrate
+    assert passes["train"] > 2  # to check and hash, then once for each quantizer and correction that is tried
     splits = {split.name: split.purpose for split in outcome.comparison.splits}
     assert list(splits) == ["validation", "train", "test"]
     int8 = outcome.candidates[1].artifact.manifest.provenance

@@ -12,7 +12,7 @@ import torch
 from fettle.core.errors import ArtifactError, CorruptArtifact, ForeignArtifact
 from fettle.runtime.eager import Eager, refuse_foreign, without_notes
 from fettle.testing.models import CASES
-from fettle.testing.runtimes import named_data, seal
+from fettle.testing.runtimes import build, export_case, named_data, seal
 from fettle.testing.steps import answers
 
 
@@ -226,3 +226,18 @@ def test_weights_that_do_not_fit_the_graph_are_refused(what, eager_mlp):
     artifact = seal(folder, signature)
     with pytest.raises(CorruptArtifact):
         Eager().load(artifact, threads=1)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("name", ["residual", "norm_first"])
+def test_sixteen_bits_come_back_exactly(name, precision, tmp_path):
+    case = CASES[name]
+    model = build(case, precision)
+    signature = export_case(Eager(), case, tmp_path / "model", model=model)
+    stored = (tmp_path / "model" / "weights.safetensors").stat().st_size
+    export_case(Eager(), case, tmp_path / "float")
+    assert stored < 0.75 * (tmp_path / "float" / "weights.safetensors").stat().st_size
+    runner = Eager().load(seal(tmp_path / "model", signature, precision=precision), threads=1)
+    found = runner.run(named_data(case, rows=3))
+    for spec, want in zip(signature.outputs, answers(model, case.data(rows=3)), strict=True):
+        assert np.array_equal(found[spec.name], want.numpy())

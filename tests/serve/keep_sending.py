@@ -65,5 +65,5 @@ class Load:
         for future in self.running:
             future.result(timeout=60)
         self.pool.shutdown()
-        assert self.failures == []
+        assert self.failures == [], str(self.failures)
         return self.answers

@@ -4,6 +4,7 @@ Also holds what such a server needs, for servers inside the test process: the so
 """
 
 import json
+import os
 import sys
 import time
 from contextlib import contextmanager
@@ -72,6 +73,8 @@ class _Loaded(Runner):
         first = next(iter(inputs.values()))
         if self.delay_s and not np.array_equal(first.ravel()[:1], [0.125]):
             time.sleep(self.delay_s)
+        if first.dtype == np.float32 and (first == 999).any():
+            os._exit(9)  # a crash that no Python code can catch
         if first.dtype == np.float32 and (first == 666).any():
             raise RuntimeError("secret: the engine failed in /srv/secret/place")
         outputs = dict(zip(self.outputs, self.session.run(self.outputs, dict(inputs)), strict=True))
@@ -85,13 +88,16 @@ class _Loaded(Runner):
 
 @contextmanager
 def runtime_in_place():
-    """While it lasts, artifacts may name the runtime "onnxfile"; the list of plug-ins does not change."""
-    load = plugins.load
+    """While it lasts, artifacts may name the runtime "onnxfile", in workers too; the list of plug-ins stays."""
+    from fettle.serve import lanes
+
+    load, command = plugins.load, lanes.COMMAND
     plugins.load = lambda package, name, base: OnnxFile if name == "onnxfile" else load(package, name, base)
+    lanes.COMMAND = [sys.executable, str(Path(__file__).with_name("run_worker.py"))]
     try:
         yield
     finally:
-        plugins.load = load
+        plugins.load, lanes.COMMAND = load, command
 
 
 def say(line):

@@ -124,9 +124,31 @@ def test_broken_and_deep_json_does_not_crash(images, text, kit):
     assert images.get("/health").status_code == 200
 
 
-def test_binary_tensors_say_that_they_are_not_there(images, kit):
-    headers = {"inference-header-content-length": "10", "content-type": "application/octet-stream"}
-    assert "binary" in kit.error_of(images.post("/v2/models/tiny/infer", content=b"x" * 20, headers=headers), 415)
+def test_tensors_may_be_binary_both_ways(images):
+    x = np.full((2, 3, 8, 8), 0.5, np.float32)
+    tensor = {"name": "x", "shape": [2, 3, 8, 8], "datatype": "FP32", "parameters": {"binary_data_size": x.nbytes}}
+    head = json.dumps({"inputs": [tensor], "parameters": {"binary_data_output": True}}).encode()
+    headers = {"inference-header-content-length": str(len(head))}
+    response = images.post("/v2/models/tiny/infer", content=head + x.tobytes(), headers=headers)
+    assert response.status_code == 200
+    assert response.headers["content-type"] == "application/octet-stream"
+    split = int(response.headers["inference-header-content-length"])
+    assert json.loads(response.content[:split])["outputs"][0]["parameters"] == {"binary_data_size": 24}
+    np.testing.assert_allclose(np.frombuffer(response.content[split:], np.float32), [2.5] * 6, rtol=1e-6)
+
+
+def test_a_raw_request_is_its_tensor_alone(images):
+    x = np.full((1, 3, 8, 8), 0.5, np.float32)
+    response = images.post(
+        "/v2/models/tiny/infer", content=x.tobytes(), headers={"inference-header-content-length": "0"}
+    )
+    assert response.content.endswith(np.full(3, 2.5, np.float32).tobytes())
+
+
+@pytest.mark.parametrize("length", ["-1", "21", "x", "\xb2", "1" * 30, ""])
+def test_a_bad_header_length_is_400(images, kit, length):
+    headers = {"inference-header-content-length": length.encode("latin-1")}
+    kit.error_of(images.post("/v2/models/tiny/infer", content=b"x" * 20, headers=headers), 400)
 
 
 def test_pickles_are_refused(images, kit):

@@ -9,12 +9,14 @@ import safetensors.numpy
 
 from fettle.core.artifact import Artifact, parse_manifest
 from fettle.core.errors import ArtifactError, CorruptArtifact
+from fettle.core.runner import Runner
 from fettle.core.signature import ImagePreprocess, Signature, TensorSpec
-from fettle.serve.model import check_image, is_classifier, is_row_wise, load_model
+from fettle.serve import model as model_module
+from fettle.serve.model import LoadedModel, check_golden, check_image, is_classifier, is_row_wise, load_model
 
 
 def load(artifact):
-    return load_model("tiny", 3, artifact, threads=1, max_batch_rows=8)
+    return load_model("tiny", 3, artifact, threads=1, max_batch_rows=8)[0]
 
 
 def spec(name, dtype, *shape):
@@ -47,6 +49,34 @@ def test_golden_mismatch_is_refused(kit, tmp_path, change):
 
     with pytest.raises(ArtifactError, match="golden"):
         load(kit.image_artifact(tmp_path / "a", spoil=spoil))
+
+
+@pytest.mark.parametrize(
+    ("precision", "overflows", "told"), [("int8", True, True), ("int8", False, False), ("float", True, False)]
+)
+def test_a_cpu_whose_int8_kernels_overflow_is_named_as_a_cause(monkeypatch, precision, overflows, told):
+    monkeypatch.setattr(model_module, "adds_products_in_16_bits", lambda: overflows)
+
+    class Other(Runner):
+        def run(self, inputs):
+            return {"y": inputs["x"] + 1}
+
+    signature = Signature(inputs=(spec("x", "float32", "batch", 2),), outputs=(spec("y", "float32", "batch", 2),))
+    loaded = LoadedModel(
+        name="m",
+        version=1,
+        digest="d",
+        runtime="null",
+        precision=precision,
+        signature=signature,
+        runner=Other(signature),
+        row_wise=True,
+        classifies=False,
+    )
+    golden = {"input:x": np.zeros((2, 2), np.float32), "output:y": np.zeros((2, 2), np.float32)}
+    with pytest.raises(ArtifactError, match="as it did where it was measured") as caught:
+        check_golden(loaded, golden, tolerance=0.1)
+    assert ("on a CPU with VNNI" in str(caught.value)) is told
 
 
 def test_within_tolerance_is_good(kit, tmp_path):

@@ -1,6 +1,8 @@
 """`/predict` on a real server: every way to send an image, and every way to send something else."""
 
 import base64
+import gzip
+import json
 import struct
 import time
 import zlib
@@ -128,8 +130,15 @@ def test_unknown_content_types_are_415(images, kit, kind):
 
 
 @pytest.mark.parametrize("path", ["/predict", "/v2/models/tiny/infer"])
-def test_compressed_bodies_are_415(images, path, kit):
-    kit.error_of(images.post(path, content=b"x", headers={**JSON, "content-encoding": "gzip"}), 415)
+def test_bodies_may_be_compressed_and_are_bounded_when_they_are_not_any_more(images, path, kit):
+    image = {"image": base64.b64encode(kit.picture()).decode()}
+    body = kit.body_of() if "infer" in path else json.dumps(image).encode()
+    for encoding, content in (("gzip", gzip.compress(body)), ("deflate", zlib.compress(body))):
+        assert images.post(path, content=content, headers={**JSON, "content-encoding": encoding}).status_code == 200
+    bomb = gzip.compress(b" " * 3_000_000)
+    kit.error_of(images.post(path, content=bomb, headers={**JSON, "content-encoding": "gzip"}), 413)
+    kit.error_of(images.post(path, content=b"x", headers={**JSON, "content-encoding": "gzip"}), 400)
+    kit.error_of(images.post(path, content=b"x", headers={**JSON, "content-encoding": "br"}), 415)
 
 
 @pytest.mark.parametrize("boundary", ["x", "boundary=", 'boundary="a', "boundary=" + "x" * 71, "boundary=<>"])

@@ -1,21 +1,30 @@
 """Following a source, step by step and without a server."""
 
-import gc
-import weakref
-
 import pytest
 
 from fettle.core.errors import CorruptArtifact, NotRegistered, RegistryError
+from fettle.serve.fit import BatchTimes
+from fettle.serve.lanes import Mounted
 from fettle.serve.metrics import Metrics
 from fettle.serve.options import ServeOptions
-from fettle.serve.switch import Switch, reason_of
+from fettle.serve.refusal import reason_of
+from fettle.serve.switch import Switch
 
 
 @pytest.fixture
 def make(shelf):
     def build(source=shelf, **options):
         options = {"retry_s": 60.0, "poll_s": 0.01, **options}
-        return Switch(source, options=ServeOptions(**options), metrics=Metrics(), on_change=lambda model: None)
+
+        def mount(served, root):
+            return Mounted(served.version, served, root, BatchTimes())
+
+        def changed(now, before):
+            switch.changes.append((now.served.version, before and before.served.version))
+
+        switch = Switch(source, options=ServeOptions(**options), metrics=Metrics(), mount=mount, on_change=changed)
+        switch.changes = []
+        return switch
 
     return build
 
@@ -31,7 +40,7 @@ def test_loads_what_the_source_means(make):
     switch = make()
     assert (switch.active, switch.attempted) == (None, False)
     switch.step()
-    assert switch.active.version == 1
+    assert switch.active.served.version == 1
     assert (switch.problem, switch.attempted, counts(switch)) == (None, True, (1, 0))
 
 
@@ -50,18 +59,32 @@ def test_swaps_there_and_back(make, shelf):
     for version in (1, 2, 1, 2):
         shelf.point(version)
         switch.step()
-        assert switch.active.version == version
+        assert switch.active.served.version == version
     assert counts(switch) == (4, 0)
 
 
-def test_the_old_model_is_freed(make, shelf):
+def test_each_swap_is_told_with_what_was_before(make, shelf):
     switch = make()
     switch.step()
-    old = weakref.ref(switch.active.runner)
     shelf.point(2)
     switch.step()
-    gc.collect()
-    assert old() is None
+    switch.step()
+    assert switch.changes == [(1, None), (2, 1)]
+
+
+def test_a_version_that_the_workers_refuse_changes_nothing(make, shelf):
+    switch = make()
+    switch.step()
+    before = switch.active
+
+    def refuse(served, root):
+        raise CorruptArtifact("golden output differs")
+
+    switch._mount = refuse
+    shelf.point(2)
+    switch.step()
+    assert switch.active is before
+    assert switch.problem == "version 2 was refused: golden output differs"
 
 
 def test_a_bad_version_changes_nothing(make, shelf):
@@ -99,7 +122,7 @@ def test_a_bad_version_is_tried_again_after_a_wait(make, shelf, kit):
     assert switch.active is None
     kit.image_artifact(shelf.root / "3")
     kit.until(lambda: switch.step() or switch.active is not None)
-    assert switch.active.version == 3
+    assert switch.active.served.version == 3
 
 
 def test_a_source_that_fails_is_told_of_once_and_keeps_the_old(make, shelf):
@@ -108,12 +131,12 @@ def test_a_source_that_fails_is_told_of_once_and_keeps_the_old(make, shelf):
     (shelf.root / "current").unlink()
     for _ in range(5):
         switch.step()
-    assert switch.active.version == 1
+    assert switch.active.served.version == 1
     assert switch.problem.startswith("the source cannot be asked")
     assert counts(switch) == (1, 1)
     shelf.point(2)
     switch.step()
-    assert switch.active.version == 2
+    assert switch.active.served.version == 2
     assert switch.problem is None
 
 

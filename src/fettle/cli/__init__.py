@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from fettle.cli import demo, doctor, monitor, optimize, registry, serve
+from fettle.cli import demo, doctor, monitor, optimize, quantize, registry, serve
 from fettle.core.errors import FettleError
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ app = typer.Typer(
 )
 app.command("demo")(demo.demo)
 app.command("optimize")(optimize.optimize)
+app.command("quantize")(quantize.quantize)
 app.command("compare")(registry.compare)
 app.add_typer(registry.app, name="registry")
 app.command("serve")(serve.serve)

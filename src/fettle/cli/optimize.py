@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +13,9 @@ from fettle.cli.output import AsJson, console, print_json, progress_bar
 from fettle.core.home import Home
 from fettle.core.plugins import missing_extra
 from fettle.core.project import Project
+
+if TYPE_CHECKING:
+    from fettle.pipeline import Outcome
 
 
 def optimize(
@@ -26,26 +29,34 @@ def optimize(
     """
     opened = Project.open(project)
     try:
-        from fettle.evaluate.table import render_table
         from fettle.pipeline import optimize_project
     except ModuleNotFoundError as problem:
         raise missing_extra("fettle optimize", problem) from None
     # A project that prints while it trains must not break the JSON.
     with redirect_stdout(sys.stderr), progress_bar() as progress:
         outcome = optimize_project(opened, home=Home.default(), progress=progress, threads=threads)
-    if as_json:
-        print_json(outcome.to_json())
-    else:
-        out = console()
-        out.print(render_table(outcome.comparison, width=out.width))
-        for sentence in outcome.comparison.sentences:
-            out.print(sentence)
-        for failed in outcome.comparison.failed:
-            out.print(f"failed: {failed.label}: {failed.failure}", markup=False)
-        for sentence in outcome.comparison.left_float:
-            out.print(f"left in float: {sentence}", markup=False)
-        out.print(f"registered as {opened.name}:{outcome.best.version}", markup=False)
-        out.print(f"report: {outcome.report}", markup=False, soft_wrap=True)
+    print_outcome(outcome, as_json=as_json)
     if not outcome.met_floor:
         typer.echo(f"fettle: {outcome.comparison.sentences[0]}", err=True)
         raise typer.Exit(1)
+
+
+def print_outcome(outcome: Outcome, *, as_json: bool) -> None:
+    """The table, then in sentences: the verdict, where int8 loses accuracy, what was tried against that, the rest."""
+    if as_json:
+        print_json(outcome.to_json())
+        return
+    from fettle.evaluate.layers import notable
+    from fettle.evaluate.table import render_table
+
+    out, found = console(), outcome.comparison
+    out.print(render_table(found, width=out.width))
+    for sentence in (
+        *found.sentences,
+        *(line.sentence() for line in notable(found.layers)),
+        *(f"correction {decision}" for decision in found.decisions),
+        *(f"note: {sentence}" for sentence in found.left_float),
+        f"registered as {found.name}:{outcome.best.version}",
+    ):
+        out.print(sentence, markup=False)
+    out.print(f"report: {outcome.report}", markup=False, soft_wrap=True)

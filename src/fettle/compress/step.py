@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +22,12 @@ class Context:
 
     example: example inputs, batch first.
     calibration: batches of inputs, read once; only the steps that need data read it.
+    train: called for each pass, returns batches of (inputs, targets); only the steps that train need it. Called with
+        torch's global generator seeded for that pass, so a loader that shuffles by it shuffles alike after a kill.
+    score: of a model, such as its accuracy on validation data, higher is better. The model takes and gives tensors
+        on the CPU wherever it runs.
+    device: that training runs on: "cpu", "cuda", "cuda:1", or "auto", the first GPU where there is one.
+    checkpoint: a folder in which training leaves its state, so that the same work can go on after a kill.
     seed: of everything random in the step.
     note: called with one sentence for each thing the reader of the report should know.
     progress: called with the share of the step that is done, 0 to 1.
@@ -28,6 +35,10 @@ class Context:
 
     example: Tensors
     calibration: Iterable[Tensors] = ()
+    train: Callable[[], Iterable[tuple[Tensors, torch.Tensor]]] | None = None
+    score: Callable[[torch.nn.Module], float] | None = None
+    device: str = "auto"
+    checkpoint: Path | None = None
     seed: int = 0
     note: Callable[[str], None] = lambda sentence: None
     progress: Callable[[float], None] = lambda share: None
@@ -37,9 +48,13 @@ class Step(ABC):
     """One compression method. `apply` returns a new module and leaves the given one as it was.
 
     precision: what the result runs at ("int8"), or "" where the step does not change it.
+    shrinks: the kinds of layer whose weights it makes smaller in the file; none for a step that corrects.
+    follows: the step that must have come before, by name, or "".
     """
 
     precision: ClassVar[str] = ""
+    follows: ClassVar[str] = ""
+    shrinks: ClassVar[frozenset[str]] = frozenset({"convolution", "linear"})
 
     @abstractmethod
     def apply(self, model: torch.nn.Module, context: Context) -> torch.nn.Module:

@@ -6,13 +6,9 @@ The two sides share only this schema and the folder. Files are complete once the
 
 from __future__ import annotations
 
-import numpy as np
 import pyarrow as pa
 
-from fettle.core.signature import Array
-
-# Statistics of one request's input row, over all its values; the same at optimize time and at serving time.
-STATISTICS = ("mean", "std", "min", "max", "roughness")
+from fettle.core.statistics import STATISTICS
 
 SCHEMA = pa.schema(
     [
@@ -28,19 +24,3 @@ SCHEMA = pa.schema(
         pa.field("statistics", pa.list_(pa.float32(), len(STATISTICS)), nullable=False),
     ]
 )
-
-
-def input_statistics(rows: Array) -> Array:
-    """Per row: mean, standard deviation, minimum, maximum and roughness of its values.
-
-    rows: (n, ...) of any numeric type. Returns (n, 5) float32 in the order of STATISTICS. Roughness is the mean
-    absolute difference of neighbors along the last axis: noise raises it, blur lowers it, both leave the mean.
-
-    >>> input_statistics(np.array([[0.0, 1.0, 0.0, 1.0]])).tolist()
-    [[0.5, 0.5, 0.0, 1.0, 1.0]]
-    """
-    values = rows.astype(np.float32, copy=False).reshape(len(rows), -1)
-    steps = np.abs(np.diff(rows.astype(np.float32, copy=False), axis=-1)).reshape(len(rows), -1)
-    roughness = steps.mean(axis=1) if steps.shape[1] else np.zeros(len(rows), np.float32)
-    columns = (values.mean(axis=1), values.std(axis=1), values.min(axis=1), values.max(axis=1), roughness)
-    return np.stack(columns, axis=1).astype(np.float32)

@@ -43,10 +43,19 @@ class RuntimeBase(ABC):
 
     precisions: what it really executes at that precision, never a simulation.
     computes: False for an engine that only pretends, so that nobody compares its answers.
+    by_default: False for an engine that is tried only where it is named: one that takes long to load.
+    wide_sums: whether it adds a layer's result to another tensor before it rounds the sum, in one kernel.
     """
 
     precisions: ClassVar[frozenset[str]]
     computes: ClassVar[bool] = True
+    by_default: ClassVar[bool] = True
+    wide_sums: ClassVar[bool] = False
+
+    @classmethod
+    def weight_bits(cls) -> int:
+        """The most bits that a weight may have for the engine's sums of int8 products to be exact on this machine."""
+        return 8
 
     @abstractmethod
     def export(self, program: Any, directory: Path, signature: Signature) -> None:

@@ -20,6 +20,7 @@ DTYPES = (
     "bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64",
     "float16", "float32", "float64",
 )  # fmt: skip
+_SMALL = 8192
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +37,8 @@ class TensorSpec:
 
     def check(self, array: Array) -> None:
         """Raise InvalidInput unless the array has this data type and shape and every value is finite."""
-        if array.dtype.name != self.dtype:
+        # numpy spells a type's name in Python, at 5 µs: it is asked for only where the types differ.
+        if array.dtype != self.dtype and array.dtype.name != self.dtype:
             raise InvalidInput(f"input '{self.name}' must be {self.dtype}, got {array.dtype.name}")
         fits = len(array.shape) == len(self.shape) and all(
             isinstance(want, str) or want == have for want, have in zip(self.shape, array.shape, strict=True)
@@ -45,8 +47,18 @@ class TensorSpec:
             raise InvalidInput(f"input '{self.name}' must have shape {list(self.shape)}, got {list(array.shape)}")
         if 0 in array.shape:
             raise InvalidInput(f"input '{self.name}' must not be empty, got shape {list(array.shape)}")
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
+        if array.dtype.kind == "f" and not _all_finite(array):
             raise InvalidInput(f"input '{self.name}' must be finite, got NaN or infinity")
+
+
+def _all_finite(array: Array) -> bool:
+    """A finite sum of squares rules NaN and infinity out; one that overflowed decides nothing.
+
+    For small arrays that is twice as fast as a mask, and for large ones BLAS would start threads.
+    """
+    if array.size <= _SMALL and array.itemsize >= 4 and math.isfinite(np.vdot(array, array)):
+        return True
+    return bool(np.isfinite(array).all())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

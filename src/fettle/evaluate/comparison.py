@@ -6,8 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from fettle.core import codec
 from fettle.core.errors import UsageError
 from fettle.core.report import Direction, Measurement, Report
+from fettle.evaluate.layers import LayerLine
 
 # Measurements that say how others were taken; a difference between them means nothing.
 _CONDITIONS = ("latency.batch", "latency.threads")
@@ -129,7 +131,9 @@ class Comparison:
     best, baseline: with their final reports, on the test split where there is one.
     candidates: all that were tried, failed ones too, measured on the validation split; front: the Pareto front.
     floor: the smallest metric allowed on the validation split, None where unknown.
-    left_float: what could not be quantized and why. splits, hardware, versions: what the numbers hold for.
+    left_float: what could not be quantized and why, and what else the steps noted.
+    decisions: which corrections were tried, and kept or not.
+    layers: what int8 costs, layer by layer. splits, hardware, versions: what the numbers hold for.
     report: path of report.html.
     """
 
@@ -142,6 +146,8 @@ class Comparison:
     front: tuple[Candidate, ...]
     floor: float | None = None
     left_float: tuple[str, ...] = ()
+    decisions: tuple[str, ...] = ()
+    layers: tuple[LayerLine, ...] = ()
     splits: tuple[SplitUse, ...] = ()
     hardware: str = ""
     versions: tuple[str, ...] = ()
@@ -177,6 +183,8 @@ class Comparison:
             "baseline": self.baseline.to_json(),
             "candidates": [candidate.to_json() for candidate in self.measured],
             "front": [candidate.to_json() for candidate in self.front],
+            "decisions": list(self.decisions),
+            "layers": [codec.to_json(line) for line in self.layers],
             "report": self.report,
         }
 

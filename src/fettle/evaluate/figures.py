@@ -19,6 +19,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullForm
 
 from fettle.core.report import Measurement
 from fettle.evaluate.comparison import Candidate, Comparison
+from fettle.evaluate.layers import WEAK_DB, LayerLine, weakest
 from fettle.evaluate.wording import format_bytes, format_ms
 
 _INK, _MUTED, _GRID, _BEST, _FRONT, _OTHER, _BASELINE, _PAPER = (f"#01f0a{digit}" for digit in range(1, 9))
@@ -33,6 +34,9 @@ _VARIABLES = {
     _PAPER: "--card",
 }
 _MOST_BARS = 14
+_MOST_NAMES = 26
+# What no reader compares: a layer that passes everything, and one that passes nothing, must not flatten the rest.
+_LOWEST_DB, _HIGHEST_DB = -10.0, 60.0
 # The user's own matplotlib style, LaTeX above all, must not reach the report; the salt makes equal runs equal files.
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -103,6 +107,44 @@ def draw_size(comparison: Comparison, numbers: dict[str, int]) -> str:
     _bar_axes(axes, shown, numbers, right=max(candidate.size_bytes for candidate in shown) * 1.28 or 1.0)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_bytes(value)))
     return _svg(figure, "size")
+
+
+@_styled
+def draw_layers(lines: Sequence[LayerLine]) -> str:
+    """A column per layer in order of execution: signal over noise in int8; those given back stand out.
+
+    Names stand below as many as can be read: those given back and the weakest first. Columns end at 60 dB.
+    """
+    figure, axes = _canvas(width=9.2, height=3.6)
+    heights = [min(max(line.sqnr_db, _LOWEST_DB), _HIGHEST_DB) for line in lines]
+    colors = [_BASELINE if line.precision == "float" else _OTHER for line in lines]
+    axes.bar(range(len(lines)), heights, width=0.72, color=colors, zorder=2)
+    axes.axhline(WEAK_DB, color=_MUTED, linestyle=(0, (5, 4)), linewidth=1, zorder=3)
+    axes.axhline(0, color=_GRID, linewidth=0.8, zorder=1)
+    # A few columns must not fill the whole width: they would read as areas.
+    room = max(0.0, (8 - len(lines)) / 2)
+    axes.set_xlim(-0.7 - room, len(lines) - 0.3 + room)
+    axes.set_ylim(min(0.0, *heights, 0.0), max(WEAK_DB, *heights) * 1.08)
+    places = named_places(lines)
+    names = [_shorten_start(lines[place].layer) for place in places]
+    axes.set_xticks(places, names, rotation=40, ha="right", rotation_mode="anchor", parse_math=False)
+    for place, label in zip(places, axes.get_xticklabels(), strict=True):
+        label.set_color(_INK if lines[place].is_notable else _MUTED)
+    axes.set_ylabel("signal over noise, dB")
+    axes.grid(True, axis="y", color=_GRID, linewidth=0.8)
+    return _svg(figure, "layers")
+
+
+def named_places(lines: Sequence[LayerLine]) -> list[int]:
+    """Which columns of `draw_layers` carry a name: all of a few, else the weakest, as far as none hides another."""
+    apart = len(lines) / _MOST_NAMES
+    order = {id(line): place for place, line in enumerate(lines)}
+    found: list[int] = []
+    for line in weakest(lines, limit=len(lines)):
+        place = order[id(line)]
+        if all(abs(place - other) >= apart for other in found):
+            found.append(place)
+    return sorted(found)
 
 
 def bars_of(comparison: Comparison) -> list[Candidate]:
@@ -237,6 +279,11 @@ def _bar_axes(axes: Axes, shown: Sequence[Candidate], numbers: dict[str, int], *
 
 def _shorten(label: str) -> str:
     return label if len(label) <= 28 else f"{label[:27]}…"
+
+
+def _shorten_start(layer: str) -> str:
+    """Of a dotted path the end tells layers apart."""
+    return layer if len(layer) <= 26 else f"…{layer[-25:]}"
 
 
 def _svg(figure: Figure, name: str) -> str:

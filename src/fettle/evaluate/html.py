@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 from fettle.core.files import write_atomic
 from fettle.core.plugins import missing_extra
 from fettle.core.report import Report
 from fettle.evaluate.comparison import Candidate, Comparison, Row, compare_reports, gain
+from fettle.evaluate.layers import WEAK_DB, LayerLine, notable, weakest
 from fettle.evaluate.page import (
     Cell,
     render_facts,
@@ -27,6 +29,13 @@ _KEY = (
     '<span><i style="background:var(--baseline)"></i>original</span>'
     '<span><i style="background:var(--other)"></i>other</span></p>'
 )
+
+_LAYER_KEY = (
+    '<p class="key"><span><i style="background:var(--other)"></i>int8</span>'
+    '<span><i style="background:var(--baseline)"></i>given back to float</span>'
+    "<span>dashed: below it a layer is weak</span></p>"
+)
+_MOST_LAYERS = 20
 
 
 def write_html(comparison: Comparison, path: Path) -> Path:
@@ -59,6 +68,8 @@ def render_html(comparison: Comparison) -> str:
             render_grid(_head(comparison), [_line(candidate, comparison, numbers) for candidate in ordered]),
             note=_candidates_note(comparison),
         ),
+        _corrections(comparison),
+        _layers(comparison.layers),
         _left_out(comparison),
         render_section("What these numbers hold for", render_facts(_facts(comparison))),
     ]
@@ -136,12 +147,17 @@ def _agreement_tile(best: Candidate) -> list[tuple[str, str, str]]:
     return [("Same answers", f"{100 * agreement.value:.2f} %", f"as the original, of {agreement.n} rows")]
 
 
-def _pictures(comparison: Comparison, numbers: dict[str, int]) -> str:
+def _figures() -> ModuleType:
+    """Imported late: the rest of evaluation, and the page of two versions, must work without matplotlib."""
     try:
-        # Late: the rest of evaluation, and the page of two versions, must work without matplotlib.
         from fettle.evaluate import figures
     except ModuleNotFoundError as problem:
         raise missing_extra("the HTML report", problem) from None
+    return figures
+
+
+def _pictures(comparison: Comparison, numbers: dict[str, int]) -> str:
+    figures = _figures()
     name = comparison.baseline.metric_name
     front = render_section(
         f"{name} against latency",
@@ -204,11 +220,64 @@ def _line(candidate: Candidate, comparison: Comparison, numbers: dict[str, int])
     ]
 
 
+def _corrections(comparison: Comparison) -> str:
+    if not comparison.decisions:
+        return ""
+    note = "Each was tried on validation rows, and kept only where the answers came nearer to the float model's."
+    return render_section("Corrections of int8", render_list(comparison.decisions), note=note)
+
+
+def _layers(lines: Sequence[LayerLine]) -> str:
+    """The account of int8, layer by layer: sentences, a picture of all, a table of those that matter."""
+    if not lines:
+        return ""
+    told = [line.sentence() for line in notable(lines)]
+    sentences = render_list(told) if told else "<p>No layer is weak, and none reads channels of very unlike size.</p>"
+    shown = weakest(lines, limit=_MOST_LAYERS)
+    places = {line.layer: place for place, line in enumerate(lines, start=1)}
+    head = [
+        Cell("#", number=True),
+        Cell("layer"),
+        Cell("kind"),
+        Cell("SQNR", number=True),
+        Cell("share of divergence", number=True),
+        Cell("input channel spread", number=True),
+        Cell("cost of giving back", number=True),
+        Cell("precision"),
+    ]
+    grid = render_grid(head, [_layer_cells(line, places[line.layer]) for line in shown])
+    rest = ""
+    if len(lines) > len(shown):
+        hidden = f"{len(lines) - len(shown)} more layers are not shown: none is weaker than the last."
+        rest = f'<p class="note">{hidden}</p>'
+    return render_section(
+        "Where int8 loses accuracy, layer by layer",
+        sentences + _figures().draw_layers(lines) + _LAYER_KEY + grid + rest,
+        note="SQNR: signal to noise of the layer's output in int8, all before it in int8 too; "
+        f"below {WEAK_DB:.0f} dB it is weak. Share: of the divergence from float, what goes away when this layer alone "
+        "is float. Spread: the largest input channel over the median one. # is the order of execution.",
+    )
+
+
+def _layer_cells(line: LayerLine, place: int) -> list[Cell]:
+    style = "warn" if line.precision == "float" else ""
+    return [
+        Cell(str(place), number=True),
+        Cell(line.layer, style=style),
+        Cell(line.kind),
+        Cell(f"{line.sqnr_db:.1f} dB".replace("-", "\N{MINUS SIGN}"), number=True),
+        Cell("—" if line.share is None else f"{100 * line.share:.1f} %".replace("-", "\N{MINUS SIGN}"), number=True),
+        Cell(format_ratio(line.spread), number=True),
+        Cell("—" if line.cost_ms is None else format_value(line.cost_ms, "ms"), number=True),
+        Cell(line.precision, style=style),
+    ]
+
+
 def _left_out(comparison: Comparison) -> str:
     parts = []
     if comparison.left_float:
-        note = "The best candidate computes these in floating point."
-        parts.append(render_section("Left in float", render_list(comparison.left_float), note=note))
+        note = "Layers that stay in floating point, and why, and whatever else the steps had to say."
+        parts.append(render_section("Notes of the steps", render_list(comparison.left_float), note=note))
     if comparison.failed:
         reasons = [f"{candidate.label}: {candidate.failure}" for candidate in comparison.failed]
         parts.append(render_section("Could not be built or measured", render_list(reasons)))

@@ -10,9 +10,9 @@ from typing import Literal
 import numpy as np
 
 from fettle.core.errors import MonitorError, UsageError
-from fettle.core.observation import STATISTICS
 from fettle.core.report import Measurement, Report
 from fettle.core.signature import Array
+from fettle.core.statistics import STATISTICS
 from fettle.monitor.correction import holm
 from fettle.monitor.drift._base import DriftTest
 from fettle.monitor.drift.ks import KolmogorovSmirnov

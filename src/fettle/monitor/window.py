@@ -14,8 +14,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from fettle.core.errors import UsageError
-from fettle.core.observation import SCHEMA, STATISTICS
+from fettle.core.observation import SCHEMA
 from fettle.core.signature import Array
+from fettle.core.statistics import STATISTICS
 
 _COLUMNS = ("time", "version", "digest", "latency_ms", "confidence", "probabilities", "statistics")
 _ROWS = pa.schema([SCHEMA.field(name) for name in _COLUMNS])

@@ -11,24 +11,39 @@ import torch
 
 from fettle.core.errors import ExportError
 from fettle.core.signature import Signature
+from fettle.runtime._operations import with_kernels
 
 FILE = "model.onnx"
 
 
-def export_onnx(program: torch.export.ExportedProgram, directory: Path, signature: Signature) -> None:
+def export_onnx(
+    program: torch.export.ExportedProgram, directory: Path, signature: Signature, *, runtime: str = "onnxruntime"
+) -> None:
     """What `export` of a runtime that reads ONNX does: `model.onnx` with the signature's names. Raises ExportError."""
     inputs, outputs = ([spec.name for spec in specs] for specs in (signature.inputs, signature.outputs))
-    write_onnx(program, directory / FILE, inputs=inputs, outputs=outputs)
+    write_onnx(program, directory / FILE, inputs=inputs, outputs=outputs, runtime=runtime)
 
 
-def write_onnx(program: torch.export.ExportedProgram, path: Path, *, inputs: list[str], outputs: list[str]) -> None:
-    """Write the program with these tensor names and a free batch dimension. Raises ExportError."""
+def write_onnx(
+    program: torch.export.ExportedProgram,
+    path: Path,
+    *,
+    inputs: list[str],
+    outputs: list[str],
+    runtime: str = "onnxruntime",
+) -> None:
+    """Write the program with these tensor names and a free batch dimension. Raises ExportError.
+
+    runtime: whose kernels stand for fettle's own operations, a key of `KERNELS`; a program without any is written
+    the same for all.
+    """
     noisy = logging.getLogger("torch.onnx")
     level = noisy.level
     noisy.setLevel(logging.ERROR)  # it warns that torchvision is absent, which concerns nobody here
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            program = with_kernels(program, runtime)
             onnx = torch.onnx.export(program, dynamo=True, verbose=False, input_names=inputs, output_names=outputs)
             assert onnx is not None
             _forget_sources(onnx.model)

@@ -6,18 +6,20 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import safetensors.torch
 import torch
 from torch._export.serde import schema, serialize
+from torch.export.passes import move_to_device_pass
 
 from fettle.core.artifact import Artifact
-from fettle.core.errors import CorruptArtifact, ExportError, ForeignArtifact
+from fettle.core.errors import CorruptArtifact, ExportError, ForeignArtifact, UsageError
 from fettle.core.files import write_atomic
 from fettle.core.runner import Runner, RuntimeBase
 from fettle.core.signature import Array, Signature
+from fettle.runtime._device import VARIABLE, ByMachine, gpu_number, wanted_device
 
 _GRAPH, _WEIGHTS = "graph.json", "weights.safetensors"
 # torch resolves a target by getattr from its own module, a size by sympy, which evaluates text, and a container by
@@ -38,59 +40,105 @@ _EXPRESSION_LIMIT = 1000
 _CONTAINERS = (None, "builtins.tuple", "builtins.list", "builtins.dict")
 
 
-class Eager(RuntimeBase):
-    """Float only: quantized graphs would be simulated here, and a simulation is never timed."""
+# Without one of these torch multiplies 16-bit numbers in software.
+_BFLOAT16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")  # the last on Arm
 
-    precisions: ClassVar[frozenset[str]] = frozenset({"float"})
+
+def half_precisions() -> frozenset[str]:
+    """The 16-bit precisions that torch really computes in, on the device that is asked for."""
+    number = gpu_number(wanted_device())
+    if number is None:
+        flags = torch.cpu.get_capabilities()
+        return frozenset({"bf16"} if any(flags.get(flag) for flag in _BFLOAT16_FLAGS) else ())
+    if not torch.cuda.is_available():
+        return frozenset()
+    return frozenset({"fp16", "bf16"} if torch.cuda.is_bf16_supported(including_emulation=False) else {"fp16"})
+
+
+class Eager(RuntimeBase):
+    """Float, and 16 bits where the device has them: integers would be simulated here, and that is never timed.
+
+    Runs on the device that FETTLE_DEVICE names, the CPU where it is not set. On a GPU a call includes both copies.
+    The path for GPUs has never run: no machine had one.
+    """
+
+    precisions = ByMachine(frozenset({"float"}), half_precisions)
 
     def export(self, program: torch.export.ExportedProgram, directory: Path, signature: Signature) -> None:
-        try:
-            serializer = serialize.ExportedProgramSerializer()
-            graph = serializer.serialize(program).exported_program
-            plain = serialize._dataclass_to_dict(graph)  # type: ignore[no-untyped-call]
-            data = without_notes(json.loads(json.dumps(plain, cls=serialize.EnumEncoder)))
-            refuse_foreign(data)
-        except Exception as problem:
-            raise ExportError(f"the graph cannot be written as JSON: {problem}") from problem
-        text = json.dumps(data, sort_keys=True)
-        write_atomic(directory / _GRAPH, text.encode())
-        tensors = {
-            f"{'parameter' if isinstance(value, torch.nn.Parameter) else 'buffer'}:{name}": value
-            for name, value in program.state_dict.items()
-        }
-        tensors |= {f"constant:{name}": value for name, value in program.constants.items()}
-        # Cloned: two names for one tensor are allowed in a model but not in the file.
-        safetensors.torch.save_file(
-            {k: v.detach().clone().contiguous() for k, v in tensors.items()}, directory / _WEIGHTS
-        )
+        write_program(program, directory)
 
     def load(self, artifact: Artifact, *, threads: int) -> Runner:
-        try:
-            data = json.loads((artifact.root / _GRAPH).read_bytes())
-            tensors = safetensors.torch.load_file(artifact.root / _WEIGHTS)
-        except Exception as problem:
-            raise CorruptArtifact(f"the model files cannot be read: {problem}") from None
-        try:
-            refuse_foreign(data)
-        except RecursionError:
-            raise ForeignArtifact("a graph may not be nested this deep") from None
-        state: dict[str, torch.Tensor] = {}
-        constants: dict[str, torch.Tensor] = {}
-        for name, tensor in tensors.items():
-            kind, _, key = name.partition(":")
-            if kind == "constant":
-                constants[key] = tensor
-            else:
-                state[key] = torch.nn.Parameter(tensor, requires_grad=False) if kind == "parameter" else tensor
-        try:
-            graph = serialize._dict_to_dataclass(schema.ExportedProgram, data)  # type: ignore[no-untyped-call]
-            deserializer = serialize.ExportedProgramDeserializer()
-            program = deserializer.deserialize(graph, state, constants, None)
-        except Exception as problem:
-            raise CorruptArtifact(f"torch refuses the graph: {type(problem).__name__}: {problem}") from None
-        _check_weights(program)
-        module = program.module(check_guards=False)
-        return _Module(module, artifact.manifest.signature, threads)
+        device = torch_device()
+        module = move_to(read_program(artifact), device).module(check_guards=False)
+        return _Module(module, artifact.manifest.signature, threads, device)
+
+
+def torch_device() -> torch.device:
+    """The device that is asked for. Raises UsageError where torch does not see it."""
+    number = gpu_number(wanted_device())
+    if number is None:
+        return torch.device("cpu")
+    if number >= torch.cuda.device_count():
+        raise UsageError(
+            f"{VARIABLE} asks for {wanted_device()}, and torch sees {torch.cuda.device_count()} GPUs: install a build "
+            f"of torch for CUDA and its driver, or unset {VARIABLE}"
+        )
+    return torch.device("cuda", number)
+
+
+def move_to(program: torch.export.ExportedProgram, device: torch.device) -> torch.export.ExportedProgram:
+    """The program with its tensors on the device; on the CPU they are already."""
+    return program if device.type == "cpu" else move_to_device_pass(program, device)
+
+
+def write_program(program: torch.export.ExportedProgram, directory: Path) -> None:
+    """The graph as JSON, the tensors as safetensors. Raises ExportError."""
+    try:
+        serializer = serialize.ExportedProgramSerializer()
+        graph = serializer.serialize(program).exported_program
+        plain = serialize._dataclass_to_dict(graph)  # type: ignore[no-untyped-call]
+        data = without_notes(json.loads(json.dumps(plain, cls=serialize.EnumEncoder)))
+        refuse_foreign(data)
+    except Exception as problem:
+        raise ExportError(f"the graph cannot be written as JSON: {problem}") from problem
+    text = json.dumps(data, sort_keys=True)
+    write_atomic(directory / _GRAPH, text.encode())
+    tensors = {
+        f"{'parameter' if isinstance(value, torch.nn.Parameter) else 'buffer'}:{name}": value
+        for name, value in program.state_dict.items()
+    }
+    tensors |= {f"constant:{name}": value for name, value in program.constants.items()}
+    # Cloned: two names for one tensor are allowed in a model but not in the file.
+    safetensors.torch.save_file({k: v.detach().clone().contiguous() for k, v in tensors.items()}, directory / _WEIGHTS)
+
+
+def read_program(artifact: Artifact) -> torch.export.ExportedProgram:
+    """What `write_program` wrote. Raises CorruptArtifact, and ForeignArtifact for a graph of more than operations."""
+    try:
+        data = json.loads((artifact.root / _GRAPH).read_bytes())
+        tensors = safetensors.torch.load_file(artifact.root / _WEIGHTS)
+    except Exception as problem:
+        raise CorruptArtifact(f"the model files cannot be read: {problem}") from None
+    try:
+        refuse_foreign(data)
+    except RecursionError:
+        raise ForeignArtifact("a graph may not be nested this deep") from None
+    state: dict[str, torch.Tensor] = {}
+    constants: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        kind, _, key = name.partition(":")
+        if kind == "constant":
+            constants[key] = tensor
+        else:
+            state[key] = torch.nn.Parameter(tensor, requires_grad=False) if kind == "parameter" else tensor
+    try:
+        graph = serialize._dict_to_dataclass(schema.ExportedProgram, data)  # type: ignore[no-untyped-call]
+        deserializer = serialize.ExportedProgramDeserializer()
+        program: torch.export.ExportedProgram = deserializer.deserialize(graph, state, constants, None)
+    except Exception as problem:
+        raise CorruptArtifact(f"torch refuses the graph: {type(problem).__name__}: {problem}") from None
+    _check_weights(program)
+    return program
 
 
 def _check_weights(program: torch.export.ExportedProgram) -> None:
@@ -187,9 +235,9 @@ def _is_plain_container(text: Any) -> bool:
 
 
 class _Module(Runner):
-    def __init__(self, module: torch.nn.Module, signature: Signature, threads: int) -> None:
+    def __init__(self, module: torch.nn.Module, signature: Signature, threads: int, device: torch.device) -> None:
         super().__init__(signature)
-        self._module, self._threads = module, threads
+        self._module, self._threads, self._device = module, threads, device
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         if torch.get_num_threads() != self._threads:
@@ -197,6 +245,6 @@ class _Module(Runner):
         with torch.inference_mode():
             # Copied only where torch cannot take the memory as it is: read-only, or with negative strides.
             arrays = (np.require(inputs[spec.name], requirements=["C", "W"]) for spec in self.signature.inputs)
-            result = self._module(*map(torch.from_numpy, arrays))
+            result = self._module(*(torch.from_numpy(array).to(self._device) for array in arrays))
         values = torch.utils._pytree.tree_leaves(result)
-        return {spec.name: value.numpy() for spec, value in zip(self.signature.outputs, values, strict=True)}
+        return {spec.name: value.cpu().numpy() for spec, value in zip(self.signature.outputs, values, strict=True)}

@@ -5,29 +5,29 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
-from fettle.serve import predict, protocol
-from fettle.serve.batching import Answer, Batcher, Job
+from fettle.serve import infer, predict, protocol
+from fettle.serve.compression import decompress
+from fettle.serve.dispatch import Dispatcher, Job, Result
 from fettle.serve.health import Health
-from fettle.serve.http import Request, Response
+from fettle.serve.http import Request, Respond, Response
+from fettle.serve.lanes import Mounted
 from fettle.serve.metrics import Metrics
-from fettle.serve.model import LoadedModel
-from fettle.serve.observations import Observation, ObservationLog
+from fettle.serve.observations import ObservationLog, observation_of
 from fettle.serve.options import ServeOptions
 from fettle.serve.refusal import Refusal, quote
+from fettle.serve.wire import Item
 
 _log = logging.getLogger("fettle.serve")
-# Parsing a larger body takes milliseconds, which the event loop does not have.
-_PARSE_ASIDE_BYTES = 32 * 1024
-EXTENSIONS: tuple[str, ...] = ()
+EXTENSIONS = ("binary_tensor_data",)
+TIMEOUT = "x-request-timeout-ms"
 
-Handler = Callable[[Request], Awaitable[Response]]
+Handler = Callable[[Request, Respond], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,67 +47,74 @@ class Route:
 
 
 class Application:
-    """The RSGI callable. Parses and routes in the event loop; all that costs time goes to the batcher's workers."""
+    """What connections hand their requests to. Nothing in here computes: that is the workers' part."""
 
     def __init__(
-        self, *, options: ServeOptions, health: Health, batcher: Batcher, metrics: Metrics, log: ObservationLog | None
+        self,
+        *,
+        options: ServeOptions,
+        health: Health,
+        dispatcher: Dispatcher,
+        metrics: Metrics,
+        log: ObservationLog | None,
     ) -> None:
-        self._running: set[asyncio.Task[Any]] = set()
+        self.begun = 0
+        self.in_flight = 0
         self._options = options
         self._health = health
-        self._batcher = batcher
+        self._dispatcher = dispatcher
         self._metrics = metrics
         self._log = log
-        self._parsers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="fettle-parser")
         self._routes = self._fixed_routes()
 
-    async def __rsgi__(self, scope: Any, proto: Any) -> None:
-        """One request."""
-        request = Request(scope, proto)
-        task = asyncio.current_task()
-        assert task is not None
-        self._running.add(task)
-        try:
-            template, response = await self._respond(request)
-            self._account(request, template, response)
-            await request.send(response, close=self._health.draining)
-        finally:
-            self._running.discard(task)
-
     @property
-    def in_flight(self) -> int:
-        """Requests that are being answered."""
-        return len(self._running)
+    def draining(self) -> bool:
+        """Whether every answer should end its connection."""
+        return self._health.draining
 
-    def give_up(self) -> None:
-        """Answer what still runs with 503, at the end of the drain."""
-        for task in self._running:
-            task.cancel()
+    def begin(self, request: Request) -> None:
+        """Refuse what no body could mend."""
+        self._find(request.path).handler(request.method)
 
-    def close(self) -> None:
-        """Give back the threads."""
-        self._parsers.shutdown(wait=False, cancel_futures=True)
-
-    async def _respond(self, request: Request) -> tuple[str, Response]:
-        """The route's template and the answer, whatever happens."""
+    def handle(self, request: Request, respond: Respond) -> None:
+        """Answer one request, whatever happens."""
+        self.begun += 1
+        self.in_flight += 1
         template = "unknown"
+
+        def answer(response: Response) -> None:
+            self.in_flight -= 1
+            request.on_cancel = None
+            self._account(request, template, response)
+            respond(response)
+
         try:
             route = self._find(request.path)
             template = route.template
-            return template, await route.handler(request.method)(request)
+            route.handler(request.method)(request, answer)
         except Refusal as refusal:
-            return template, Response.refused(refusal)
-        except asyncio.CancelledError:  # only `give_up` cancels, and the client deserves a last word
-            return template, Response.refused(Refusal(503, "the server is shutting down", retry_after_s=1))
+            answer(Response.refused(refusal))
         except Exception:
-            _log.exception("request %s failed", request.id)
-            message = f"the server failed on request {request.id}: see its log"
-            return template, Response.refused(Refusal(500, message))
+            answer(self._failed(request))
+
+    def refused(self, request: Request, refusal: Refusal) -> None:
+        """Account for what a connection refused by itself."""
+        self.begun += 1
+        self._account(request, "unknown", Response.refused(refusal))
+
+    def _cancelled(self, jobs: list[Job]) -> None:
+        """The client has gone: nobody waits for the answer."""
+        self.in_flight -= 1
+        for job in jobs:
+            job.abandon()
+
+    def _failed(self, request: Request) -> Response:
+        _log.exception("request %s failed", request.id)
+        return Response.refused(Refusal(500, f"the server failed on request {request.id}: see its log"))
 
     def _account(self, request: Request, template: str, response: Response) -> None:
         elapsed_s = request.elapsed_s()
-        self._metrics.requests.labels(template, str(response.status)).inc()
-        self._metrics.request_seconds.labels(template).observe(elapsed_s)
+        self._metrics.answered(template, response.status, elapsed_s)
         if self._options.access_log:
             line = {
                 "time": time.time(),
@@ -123,7 +130,7 @@ class Application:
     # Routes
 
     def _fixed_routes(self) -> dict[str, Route]:
-        get: dict[str, Handler] = {
+        get: dict[str, Callable[[], Response]] = {
             "/v2": self._server_metadata,
             "/v2/": self._server_metadata,
             "/v2/health/live": self._live,
@@ -133,7 +140,7 @@ class Application:
             "/health/ready": self._ready,
             "/metrics": self._render_metrics,
         }
-        routes = {path: Route(path.rstrip("/"), {"GET": handler}) for path, handler in get.items()}
+        routes = {path: Route(path.rstrip("/"), {"GET": _at_once(handler)}) for path, handler in get.items()}
         routes["/predict"] = Route("/predict", {"POST": self._predict})
         return routes
 
@@ -150,9 +157,11 @@ class Application:
             version, rest = rest[1], rest[2:]
         match rest:
             case []:
-                return Route("/v2/models/{model}", {"GET": partial(self._model_metadata, version=version)})
+                handler = _at_once(partial(self._model_metadata, version=version))
+                return Route("/v2/models/{model}", {"GET": handler})
             case ["ready"]:
-                return Route("/v2/models/{model}/ready", {"GET": partial(self._model_ready, version=version)})
+                handler = _at_once(partial(self._model_ready, version=version))
+                return Route("/v2/models/{model}/ready", {"GET": handler})
             case ["infer"]:
                 return Route("/v2/models/{model}/infer", {"POST": partial(self._infer, version=version)})
         raise Refusal(404, f"no such path: {quote(path)}")
@@ -161,37 +170,38 @@ class Application:
         if name != self._health.name:
             raise Refusal(404, f"unknown model {quote(name)}; this server has {self._health.name}")
 
-    def _model(self, version: str = "") -> LoadedModel:
+    def _model(self, version: str = "") -> Mounted:
         """The model that answers. Raises Refusal 503, or 404 where another version is asked for."""
         model = self._health.model()
-        if version and version != str(model.version):
-            raise Refusal(404, f"version {quote(version, 16)} is not served; {model.name} answers as {model.version}")
+        if version and version != str(model.served.version):
+            has = f"{model.served.name} answers as {model.served.version}"
+            raise Refusal(404, f"version {quote(version, 16)} is not served; {has}")
         return model
 
     # Health and metadata: answered from memory, never waiting for inference
 
-    async def _live(self, request: Request) -> Response:
+    def _live(self) -> Response:
         return Response.json({"live": True})
 
-    async def _ready(self, request: Request) -> Response:
+    def _ready(self) -> Response:
         ready = self._health.ready
         return Response.json({"live": True, "ready": ready}, 200 if ready else 503)
 
-    async def _summary(self, request: Request) -> Response:
+    def _summary(self) -> Response:
         summary = self._health.summary()
-        summary["queue_rows"] = self._batcher.queued_rows
+        summary["queue_rows"] = self._dispatcher.queued_rows
         return Response.json(summary, 200 if summary["ready"] else 503)
 
-    async def _render_metrics(self, request: Request) -> Response:
+    def _render_metrics(self) -> Response:
         return Response(200, self._metrics.render(), content_type=self._metrics.content_type)
 
-    async def _server_metadata(self, request: Request) -> Response:
+    def _server_metadata(self) -> Response:
         return Response.json({"name": "fettle", "version": _version(), "extensions": EXTENSIONS})
 
-    async def _model_metadata(self, request: Request, *, version: str) -> Response:
-        return Response.json(protocol.describe(self._model(version)))
+    def _model_metadata(self, *, version: str) -> Response:
+        return Response.json(protocol.describe(self._model(version).served))
 
-    async def _model_ready(self, request: Request, *, version: str) -> Response:
+    def _model_ready(self, *, version: str) -> Response:
         if self._health.ready:
             self._model(version)  # 404 for a version that is not served
         ready = self._health.ready
@@ -199,105 +209,122 @@ class Application:
 
     # Inference
 
-    async def _infer(self, request: Request, *, version: str) -> Response:
-        self._model(version)
-        if request.header("inference-header-content-length"):
-            raise Refusal(415, "binary tensors are not supported here: send the data as JSON")
-        kind = request.header("content-type").partition(";")[0].strip().lower()
-        if kind not in ("", "application/json"):
-            raise Refusal(415, f"Content-Type must be application/json, got {quote(kind)}")
-        body = await self._body(request)
+    def _infer(self, request: Request, respond: Respond, *, version: str) -> None:
         model = self._model(version)
-        call = await self._parse(body, partial(protocol.parse_infer, signature=model.signature))
+        deadline = self._deadline(request)
+        self._dispatcher.admit(model, deadline=deadline)
+        self._with_body(request, respond, partial(self._infer_body, request, respond, model, deadline))
+
+    def _infer_body(self, request: Request, respond: Respond, model: Mounted, deadline: float, body: bytes) -> None:
+        kind, header_bytes = infer.kind_of(request, body)
+        rows = infer.announced_rows(body, header_bytes) if model.served.row_wise else 1
+
+        def done(outcome: Result | Refusal) -> None:
+            if isinstance(outcome, Refusal):
+                respond(Response.refused(outcome))
+                return
+            self._observe(request, model, outcome)
+            respond(infer.respond_with(request, outcome))
+
         job = Job(
             model=model,
-            rows=call.rows if model.row_wise else 1,
-            shape=("infer", call.shape),
-            prepare=lambda: call.inputs,
-            finish=lambda answer: (protocol.format_infer(answer, model=model, call=call), answer),
-            deadline=time.monotonic() + self._options.request_timeout_s,
-            request_id=request.id,
-        )
-        ((content, answer),) = await self._run([job])
-        self._observe(request, model, [answer])
-        return Response(200, content)
-
-    async def _predict(self, request: Request) -> Response:
-        predict.image_spec(self._model())
-        body = await self._body(request)
-        model = self._model()
-        predict.image_spec(model)
-        content_type = request.header("content-type")
-        images, many = await self._parse(body, partial(predict.images_in, content_type=content_type))
-        deadline = time.monotonic() + self._options.request_timeout_s
-        jobs = [self._image_job(image, model, request.id, deadline) for image in images]
-        results = await self._run(jobs, name="image" if len(jobs) > 1 else "")
-        self._observe(request, model, [answer for _, answer in results])
-        found = [prediction for prediction, _ in results]
-        return Response.json({"predictions": found} if many else found[0])
-
-    def _image_job(self, image: predict.ImageBytes, model: LoadedModel, request_id: str, deadline: float) -> Job:
-        max_pixels = self._options.max_image_pixels
-        return Job(
-            model=model,
-            rows=1,
-            shape="image",
-            prepare=partial(predict.prepare_image, image, model=model, max_pixels=max_pixels),
-            finish=lambda answer: (
-                predict.format_prediction(answer, model=model, request_id=request_id),
-                answer,
-            ),
+            kind=kind,
+            item=Item(request.id, len(body), False, header_bytes),
+            payload=body,
+            rows=rows,
             deadline=deadline,
-            request_id=request_id,
+            done=done,
         )
+        self._dispatcher.submit([job])
+        request.on_cancel = partial(self._cancelled, [job])
 
-    async def _body(self, request: Request) -> bytes:
-        options = self._options
-        return await request.read(limit_bytes=options.max_body_bytes, timeout_s=options.body_timeout_s)
+    def _predict(self, request: Request, respond: Respond) -> None:
+        model = self._model()
+        predict.image_spec(model.served)
+        deadline = self._deadline(request)
+        self._dispatcher.admit(model, deadline=deadline)
+        self._with_body(request, respond, partial(self._predict_body, request, respond, model, deadline))
 
-    async def _parse(self, body: bytes, parse: Callable[[bytes], Any]) -> Any:
-        if len(body) <= _PARSE_ASIDE_BYTES:
-            return parse(body)
-        return await asyncio.get_running_loop().run_in_executor(self._parsers, parse, body)
+    def _predict_body(self, request: Request, respond: Respond, model: Mounted, deadline: float, body: bytes) -> None:
+        images, many = predict.images_in(body, request.header("content-type"))
+        gathered = predict.Gathered(len(images), many, partial(self._predicted, request, respond, model))
+        jobs = [
+            Job(
+                model=model,
+                kind="image",
+                item=Item(request.id, len(image.content), image.encoded),
+                payload=image.content,
+                rows=1,
+                deadline=deadline,
+                done=partial(gathered.add, number),
+            )
+            for number, image in enumerate(images)
+        ]
+        self._dispatcher.submit(jobs)
+        request.on_cancel = partial(self._cancelled, jobs)
 
-    async def _run(self, jobs: Sequence[Job], *, name: str = "") -> list[Any]:
-        """What each job's `finish` gave, or the first Refusal, which names its item; 504 where time runs out."""
-        futures = self._batcher.submit(jobs)
-        try:
-            _, pending = await asyncio.wait(futures, timeout=max(0.0, jobs[0].deadline - time.monotonic()))
-            if pending:
-                seconds = f"{self._options.request_timeout_s:g} s"
-                raise Refusal(504, f"no answer within {seconds}", retry_after_s=1)
-            for number, future in enumerate(futures):
-                problem = future.exception()
-                if isinstance(problem, Refusal) and name:
-                    raise Refusal(problem.status, f"{name} {number}: {problem.message}")
+    def _predicted(self, request: Request, respond: Respond, model: Mounted, gathered: predict.Gathered) -> None:
+        if gathered.refusal is not None:
+            respond(Response.refused(gathered.refusal))
+            return
+        for result in gathered.results:
+            assert result is not None
+            self._observe(request, model, result)
+        respond(Response(200, gathered.content()))
+
+    def _deadline(self, request: Request) -> float:
+        """On the monotonic clock: the client's own, where it gives one that is sooner. Raises Refusal 400."""
+        seconds = self._options.request_timeout_s
+        text = request.headers.get(TIMEOUT)
+        if text is not None:
+            if not re.fullmatch("[0-9]{1,9}", text) or int(text) < 1:
+                raise Refusal(400, f"X-Request-Timeout-Ms must be a positive number, got {quote(text, 16)}")
+            seconds = min(seconds, int(text) / 1000)
+        return time.monotonic() + seconds
+
+    def _with_body(self, request: Request, respond: Respond, go_on: Callable[[bytes], None]) -> None:
+        """Go on with the body as it was before it was compressed, which is undone on a thread: it takes long."""
+        encoding = request.headers.get("content-encoding")
+        if encoding is None:
+            go_on(request.body)
+            return
+        loop = asyncio.get_running_loop()
+        limit = self._options.max_body_bytes
+        unpacking = loop.run_in_executor(None, partial(decompress, request.body, encoding, limit_bytes=limit))
+        gone = False
+
+        def left() -> None:
+            nonlocal gone
+            gone = True
+            self.in_flight -= 1
+
+        def unpacked(future: asyncio.Future[bytes]) -> None:
+            problem = future.exception()
+            if gone:
+                return
+            try:
                 if problem is not None:
                     raise problem
-            return [future.result() for future in futures]
-        finally:
-            for future in futures:
-                future.cancel()
+                go_on(future.result())
+            except Refusal as refusal:
+                respond(Response.refused(refusal))
+            except Exception:
+                respond(self._failed(request))
 
-    def _observe(self, request: Request, model: LoadedModel, answers: list[Answer]) -> None:
-        if self._log is None:
-            return
-        for answer in answers:
-            if answer.probabilities is None or answer.statistics is None:
-                continue
-            latency_s = request.elapsed_s()
-            self._log.add(
-                Observation(
-                    time_us=time.time_ns() // 1000,
-                    request_id=request.id,
-                    model=model.name,
-                    version=model.version,
-                    digest=model.digest,
-                    latency_ms=latency_s * 1000,
-                    probabilities=answer.probabilities,
-                    statistics=answer.statistics,
-                )
-            )
+        request.on_cancel = left
+        unpacking.add_done_callback(unpacked)
+
+    def _observe(self, request: Request, model: Mounted, result: Result) -> None:
+        if self._log is not None and result.rows:
+            latency_ms = request.elapsed_s() * 1000
+            try:
+                self._log.add(observation_of(result, model=model.served, request_id=request.id, latency_ms=latency_ms))
+            except Exception:  # the log must never stand between a client and its answer
+                _log.exception("request %s could not be logged", request.id)
+
+
+def _at_once(make: Callable[[], Response]) -> Handler:
+    return lambda _, respond: respond(make())
 
 
 def _version() -> str:

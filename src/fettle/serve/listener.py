@@ -1,8 +1,7 @@
-"""The socket and the HTTP engine: Granian's embedded server on a listening socket of our own.
+"""The listening socket: opened with clear errors, and closed without losing a connection.
 
-Our own socket gives three things that Granian's does not: the real port where port 0 was asked for, an error where
-another process listens there already (Granian would share the port with it silently), and a way to stop taking
-connections without losing one that the kernel has already accepted.
+Our own socket gives the real port where port 0 was asked for, an error where another process listens there already,
+and a way to stop taking connections without losing one that the kernel has already accepted.
 """
 
 from __future__ import annotations
@@ -10,21 +9,18 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import socket
+import ssl
 import struct
 import sys
-from typing import Any
-
-from granian._granian import SocketHolder
-from granian.constants import HTTPModes, Interfaces
-from granian.http import HTTP1Settings
-from granian.server.embed import Server
+from collections.abc import Callable
 
 from fettle.core.errors import UsageError
 
 BACKLOG = 2048
 _SO_ATTACH_FILTER = 26
-# Granian configures the logging of the whole process in its constructor; this makes that a change of nothing.
-_NO_LOGGING = {"incremental": True, "handlers": {}, "loggers": {}}
+# The flags of the TCP header, byte 13: where SYN is set keep 0 bytes of the packet, else all.
+_DROP_SYN = ((0x30, 0, 0, 13), (0x45, 0, 1, 0x02), (0x06, 0, 0, 0), (0x06, 0, 0, 0xFFFFFFFF))
+_TCP_INFO_QUEUE = 24  # where tcpi_unacked lies in struct tcp_info
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -51,63 +47,54 @@ def address_of(bound: socket.socket) -> str:
 
 
 class Listener:
-    """Granian on a bound socket, inside the running event loop."""
+    """An asyncio server on a bound socket, inside the running event loop.
 
-    def __init__(self, application: Any, bound: socket.socket, *, max_connections: int, idle_timeout_s: float) -> None:
+    make: gives the protocol of each new connection. tls: None for plain HTTP.
+    """
+
+    def __init__(
+        self, make: Callable[[], asyncio.Protocol], bound: socket.socket, *, tls: ssl.SSLContext | None = None
+    ) -> None:
         self._bound = bound
-        self._server = _OnSocket(
-            application,
-            descriptor=bound.dup().detach(),  # Granian closes the descriptor it is given
-            interface=Interfaces.RSGI,
-            http=HTTPModes.http1,
-            http1_settings=HTTP1Settings(header_read_timeout=int(idle_timeout_s * 1000)),
-            websockets=False,
-            backlog=BACKLOG,
-            backpressure=max_connections,
-            log_enabled=False,
-            log_dictconfig=_NO_LOGGING,
-        )
-        self._task: asyncio.Task[None] | None = None
+        self._make = make
+        self._tls = tls
+        self._server: asyncio.Server | None = None
 
-    def start(self) -> asyncio.Task[None]:
-        """Begin to accept. The task ends when the server does."""
-        self._task = asyncio.get_running_loop().create_task(self._server.serve())
-        return self._task
+    async def start(self) -> None:
+        """Begin to accept."""
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(self._make, sock=self._bound.dup(), ssl=self._tls, backlog=BACKLOG)
 
     def refuse_connections(self) -> None:
         """Let no new connection begin, while those the kernel already accepted are still taken up.
 
-        A classic BPF program that drops every packet is put before the listening socket; established connections
-        have sockets of their own and do not feel it. A client that connects now gets no answer to its SYN, tries
+        A classic BPF program that drops every SYN is put before the listening socket; a handshake that has begun still
+        ends, and established connections have sockets of their own. A client that connects now gets no answer, tries
         again, and is refused once the socket is closed: before it has sent anything. Linux only; elsewhere a
         connection may be reset in the moment of closing.
         """
         if sys.platform != "linux":
             return
-        drop = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))
-        program = struct.pack("HL", 1, ctypes.addressof(drop))
+        steps = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in _DROP_SYN))
+        program = struct.pack("HL", len(_DROP_SYN), ctypes.addressof(steps))
         try:
             self._bound.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, program)
         except OSError:
             return  # a sandbox may forbid it; closing without it risks only the last microseconds
 
-    async def stop(self, timeout_s: float) -> bool:
-        """Close the socket and idle connections, let requests end. False where connections were still open then."""
+    def waiting(self) -> int:
+        """Connections that the kernel has accepted and nobody has taken up yet; 0 where none can tell."""
+        if sys.platform != "linux":
+            return 0
+        try:
+            info = self._bound.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_QUEUE + 4)
+        except OSError:
+            return 0
+        # Of a listening socket the kernel counts its queue here, where it counts unacknowledged segments of others.
+        return int(struct.unpack_from("I", info, _TCP_INFO_QUEUE)[0]) if len(info) == _TCP_INFO_QUEUE + 4 else 0
+
+    def stop(self) -> None:
+        """Close the socket; connections that are open stay so."""
+        if self._server is not None:
+            self._server.close()
         self._bound.close()
-        if self._task is None:
-            return True
-        self._server.stop()  # type: ignore[no-untyped-call]
-        done, _ = await asyncio.wait({self._task}, timeout=timeout_s)
-        return bool(done)
-
-
-class _OnSocket(Server):
-    """Granian binds by address, with SO_REUSEPORT; this hands it a listening socket instead."""
-
-    def __init__(self, target: Any, *, descriptor: int, **options: Any) -> None:
-        super().__init__(target, **options)
-        self._descriptor = descriptor
-
-    def _init_shared_socket(self) -> None:
-        self._ssp = None
-        self._shd: Any = SocketHolder(self._descriptor, False, BACKLOG)  # type: ignore[call-arg]

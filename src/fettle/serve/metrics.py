@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+_VERSION = ("model", "version")
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
@@ -18,6 +19,7 @@ class Metrics:
 
     def __init__(self) -> None:
         registry = self.registry = CollectorRegistry()
+        self._by_route: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
         self.requests = Counter(
             "fettle_requests", "Requests answered, by route and status.", ("route", "code"), registry=registry
         )
@@ -26,14 +28,21 @@ class Metrics:
             buckets=_SECONDS, registry=registry,
         )  # fmt: skip
         self.queue_seconds = Histogram(
-            "fettle_queue_seconds", "Time that a job waited for a worker.", buckets=_SECONDS, registry=registry
-        )
+            "fettle_queue_seconds", "Time that a job waited for a worker.", _VERSION,
+            buckets=_SECONDS, registry=registry,
+        )  # fmt: skip
         self.inference_seconds = Histogram(
-            "fettle_inference_seconds", "Time of one batch in the engine.", buckets=_SECONDS, registry=registry
+            "fettle_inference_seconds", "Time of one batch in the engine.", _VERSION,
+            buckets=_SECONDS, registry=registry,
+        )  # fmt: skip
+        self.batch_rows = Histogram(
+            "fettle_batch_rows", "Rows in one batch.", _VERSION, buckets=_ROWS, registry=registry
         )
-        self.batch_rows = Histogram("fettle_batch_rows", "Rows in one batch.", buckets=_ROWS, registry=registry)
         self.in_flight = Gauge("fettle_requests_in_flight", "Requests being answered.", registry=registry)
-        self.shed = Counter("fettle_requests_shed", "Requests refused with 429: the queue was full.", registry=registry)
+        self.shed = Counter(
+            "fettle_requests_shed", "Requests refused with 429: no answer in time.", _VERSION, registry=registry
+        )
+        self.worker_deaths = Counter("fettle_worker_deaths", "Worker processes that ended.", registry=registry)
         self.observations = Counter("fettle_observations_written", "Rows in the prediction log.", registry=registry)
         self.observations_dropped = Counter(
             "fettle_observations_dropped", "Rows lost for a full queue or disk.", registry=registry
@@ -56,10 +65,22 @@ class Metrics:
         self.in_flight.set_function(in_flight)
         self.ready.set_function(ready)
 
+    def answered(self, route: str, code: int, seconds: float) -> None:
+        """Count an answer."""
+        key = (route, code)
+        found = self._by_route.get(key)
+        if found is None:  # looking labels up takes longer than counting
+            found = self.requests.labels(route, str(code)), self.request_seconds.labels(route)
+            self._by_route[key] = found
+        found[0].inc()
+        found[1].observe(seconds)
+
     def serving(self, *labels: str) -> None:
         """Name the version that answers now: model, version, digest, runtime, precision."""
         self._model.clear()
         self._model.labels(*labels).set(1)
+        for metric in (self.queue_seconds, self.inference_seconds, self.batch_rows, self.shed):
+            metric.labels(*labels[:2])  # a series that begins at 0 shows its first event
 
     def render(self) -> bytes:
         """The text exposition format."""

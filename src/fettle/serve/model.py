@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from fettle.core.artifact import Artifact
 from fettle.core.errors import ArtifactError
+from fettle.core.machine import adds_products_in_16_bits
 from fettle.core.runner import Runner
 from fettle.core.signature import Array, Signature
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class LoadedModel:
-    """One version, ready to run. Jobs hold it, so it is freed when the last one that it answers has ended.
+class Served:
+    """One version that answers, without what runs it: all that the server itself needs to know.
 
     row_wise: every input and output begins with the same free dimension, so requests may share a batch.
     classifies: the first output is float of shape (rows, classes), so answers have a class and are logged.
@@ -27,34 +30,53 @@ class LoadedModel:
     runtime: str
     precision: str
     signature: Signature
-    runner: Runner
     row_wise: bool
     classifies: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LoadedModel(Served):
+    """One version, ready to run."""
+
+    runner: Runner
 
 
 class ModelFault(Exception):
     """The model itself answered something impossible; the message is for the log and the client."""
 
 
-def load_model(name: str, version: int, artifact: Artifact, *, threads: int, max_batch_rows: int) -> LoadedModel:
-    """Load, compare with the golden outputs, warm up. Raises ArtifactError (or what the runtime raises) if unfit."""
-    signature = artifact.manifest.signature
-    check_image(signature)
-    model = LoadedModel(
-        name=name,
-        version=version,
-        digest=artifact.digest,
-        runtime=artifact.manifest.runtime,
-        precision=artifact.manifest.precision,
-        signature=signature,
-        runner=artifact.load(threads=threads),
-        row_wise=is_row_wise(signature),
-        classifies=is_classifier(signature),
-    )
+def served_of(name: str, version: int, artifact: Artifact) -> Served:
+    """What the artifact says of itself. Raises ArtifactError where it declares what cannot be."""
+    check_image(artifact.manifest.signature)
+    return Served(**_facts(name, version, artifact))
+
+
+def load_model(
+    name: str, version: int, artifact: Artifact, *, threads: int, max_batch_rows: int
+) -> tuple[LoadedModel, list[tuple[int, float]]]:
+    """Load, compare with the golden outputs, warm up; the model, and (rows, seconds) of the warm-up's batches.
+
+    Raises ArtifactError (or what the runtime raises) if unfit.
+    """
+    check_image(artifact.manifest.signature)
+    model = LoadedModel(**_facts(name, version, artifact), runner=artifact.load(threads=threads))
     golden = artifact.golden()
     check_golden(model, golden, tolerance=artifact.manifest.tolerance)
-    warm_up(model, golden, max_batch_rows=max_batch_rows)
-    return model
+    return model, warm_up(model, golden, max_batch_rows=max_batch_rows)
+
+
+def _facts(name: str, version: int, artifact: Artifact) -> dict[str, Any]:
+    manifest = artifact.manifest
+    return {
+        "name": name,
+        "version": version,
+        "digest": artifact.digest,
+        "runtime": manifest.runtime,
+        "precision": manifest.precision,
+        "signature": manifest.signature,
+        "row_wise": is_row_wise(manifest.signature),
+        "classifies": is_classifier(manifest.signature),
+    }
 
 
 def is_row_wise(signature: Signature) -> bool:
@@ -144,14 +166,30 @@ def _compare(model: LoadedModel, inputs: Mapping[str, Array], expected: Mapping[
         if not difference <= tolerance:  # NaN is a mismatch too
             raise ArtifactError(
                 f"golden output '{name}' differs by {difference:.3g}, allowed are {tolerance:.3g}: "
-                f"this model does not answer here as it did where it was measured"
+                f"this model does not answer here as it did where it was measured{_excuse(model)}"
             )
 
 
-def warm_up(model: LoadedModel, golden: Mapping[str, Array], *, max_batch_rows: int) -> None:
-    """Run the largest batch and each power of two below it, so that no request pays for memory or lazy compilation."""
+def _excuse(model: LoadedModel) -> str:
+    """What this machine lacks that the one where the model was measured may have had."""
+    if not model.precision.startswith("int8") or not adds_products_in_16_bits():
+        return ""
+    return ", perhaps on a CPU with VNNI: without, int8 kernels overflow with weights of 8 bits, so optimize it here"
+
+
+def warm_up(model: LoadedModel, golden: Mapping[str, Array], *, max_batch_rows: int) -> list[tuple[int, float]]:
+    """Run each power of two and the largest batch, so that no request pays for memory or lazy compilation.
+
+    Returns (rows, seconds) of the second run of each size.
+    """
     if not model.row_wise:
-        return
+        return []
     inputs = {spec.name: golden[f"input:{spec.name}"] for spec in model.signature.inputs}
-    for rows in {max_batch_rows, *(2**power for power in range(max_batch_rows.bit_length()))}:
-        _run_once(model, {name: np.resize(array, (rows, *array.shape[1:])) for name, array in inputs.items()}, None)
+    measured = []
+    for rows in sorted({max_batch_rows, *(2**power for power in range(max_batch_rows.bit_length()))}):
+        batch = {name: np.resize(array, (rows, *array.shape[1:])) for name, array in inputs.items()}
+        _run_once(model, batch, None)
+        started = time.perf_counter()
+        _run_once(model, batch, None)
+        measured.append((rows, time.perf_counter() - started))
+    return measured

@@ -19,9 +19,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fettle.core.observation import SCHEMA, STATISTICS
+from fettle.core.observation import SCHEMA
 from fettle.core.signature import Array
+from fettle.core.statistics import STATISTICS
+from fettle.serve.dispatch import Result
 from fettle.serve.metrics import Metrics
+from fettle.serve.model import Served
 from fettle.serve.options import ServeOptions
 
 _log = logging.getLogger("fettle.serve")
@@ -39,6 +42,21 @@ class Observation:
     latency_ms: float
     probabilities: Array
     statistics: Array
+
+
+def observation_of(result: Result, *, model: Served, request_id: str, latency_ms: float) -> Observation:
+    """What a worker observed of one request."""
+    split = 4 * result.rows * result.classes
+    return Observation(
+        time_us=time.time_ns() // 1000,
+        request_id=request_id,
+        model=model.name,
+        version=model.version,
+        digest=model.digest,
+        latency_ms=latency_ms,
+        probabilities=np.frombuffer(result.observed[:split], np.float32).reshape(result.rows, result.classes),
+        statistics=np.frombuffer(result.observed[split:], np.float32).reshape(result.rows, len(STATISTICS)),
+    )
 
 
 def table_of(observations: list[Observation]) -> pa.Table:

@@ -31,14 +31,20 @@ class ServeOptions:
     """Where to listen, how much to accept, how long to wait.
 
     host, port: an IP address and a port; port 0 takes a free one.
-    threads: threads inside one inference; workers: inferences at the same time, by default one for each core.
+    threads: threads inside one inference; workers: processes, and so inferences at the same time, by default one for
+        each core.
     max_batch_rows: most rows in one inference; max_queue_rows: rows that may wait, more are refused with 429.
     max_body_bytes: larger bodies are refused with 413, before they are read.
     max_image_pixels: larger images are refused from their header, before they are decoded.
     max_connections: open connections at the same time; further ones wait in the kernel's queue.
-    idle_timeout_s: a connection without a complete request header is closed after this time.
+    max_header_bytes, max_headers: of a request's target and headers; more are refused with 431.
+    promise_s: batches are no larger than what ends within this time, None for no such bound.
+    idle_timeout_s: a connection without a request is closed after this time; header_timeout_s: a header that is not
+        whole by then ends its connection.
     body_timeout_s: a body that has not arrived by then is answered with 408.
-    request_timeout_s: from the body's arrival to the answer, else 504.
+    request_timeout_s: from the body's arrival to the answer, else 504; a client may ask for less with the header
+        X-Request-Timeout-Ms. What could not be answered in time is refused at once with 429.
+    worker_timeout_s: a worker that is silent for so long in one batch is ended and replaced.
     grace_s: after SIGTERM readiness is 503 but requests are served for so long, until the load balancer has noticed.
     drain_timeout_s: after the grace, how long running requests may take to end.
     poll_s: how often the source is asked for its version; retry_s: first wait before a bad version is tried again,
@@ -57,9 +63,14 @@ class ServeOptions:
     max_body_bytes: int = 16 * 2**20
     max_image_pixels: int = 25_000_000
     max_connections: int = 8192
+    max_header_bytes: int = 16 * 2**10
+    max_headers: int = 100
+    promise_s: float | None = None
     idle_timeout_s: float = 75.0
+    header_timeout_s: float = 10.0
     body_timeout_s: float = 30.0
     request_timeout_s: float = 30.0
+    worker_timeout_s: float = 60.0
     grace_s: float = 0.0
     drain_timeout_s: float = 30.0
     poll_s: float = 0.25
@@ -78,6 +89,8 @@ class ServeOptions:
                 raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in _SECONDS:
             value = getattr(self, name)
+            if value is None:
+                continue
             if not math.isfinite(value) or value < 0 or (value == 0 and name != "grace_s"):
                 raise UsageError(f"{name} must be a positive number of seconds, got {value}")
         if self.max_queue_rows < self.max_batch_rows:
@@ -88,9 +101,9 @@ class ServeOptions:
 
 _AT_LEAST_ONE = (
     "threads", "workers", "max_batch_rows", "max_queue_rows", "max_body_bytes", "max_image_pixels",
-    "max_connections", "log_rows", "log_queue_rows",
+    "max_connections", "max_header_bytes", "max_headers", "log_rows", "log_queue_rows",
 )  # fmt: skip
 _SECONDS = (
-    "idle_timeout_s", "body_timeout_s", "request_timeout_s", "grace_s", "drain_timeout_s", "poll_s", "retry_s",
-    "log_flush_s",
+    "promise_s", "idle_timeout_s", "header_timeout_s", "body_timeout_s", "request_timeout_s", "worker_timeout_s",
+    "grace_s", "drain_timeout_s", "poll_s", "retry_s", "log_flush_s",
 )  # fmt: skip

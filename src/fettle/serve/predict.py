@@ -2,22 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 import numpy as np
 
-from fettle.core.signature import Array, ImagePreprocess
-from fettle.serve.batching import Answer
-from fettle.serve.images import decode_base64, preprocess
-from fettle.serve.model import LoadedModel, ModelFault
+from fettle.core.signature import ImagePreprocess
+from fettle.serve.answer import Answer
+from fettle.serve.dispatch import Result
+from fettle.serve.model import ModelFault, Served
 from fettle.serve.multipart import boundary_of, files_in
 from fettle.serve.protocol import decode
 from fettle.serve.refusal import Refusal, quote
 
-# The bytes of one image; calling it may raise Refusal 400, so base64 is decoded in a worker.
-ImageBytes = Callable[[], bytes]
+
+@dataclass(frozen=True, slots=True)
+class ImageIn:
+    """One image as it came. encoded: as base64 text, which a worker decodes."""
+
+    content: bytes
+    encoded: bool
+
+
+class Gathered:
+    """The outcomes of the images of one request. refusal: the first by number, naming its image."""
+
+    def __init__(self, count: int, many: bool, finish: Callable[[Gathered], None]) -> None:
+        self.results: list[Result | None] = [None] * count
+        self.refusal: Refusal | None = None
+        self._first = count
+        self._left = count
+        self._many = many
+        self._finish = finish
+
+    def add(self, number: int, outcome: Result | Refusal) -> None:
+        """The outcome of one image; the last one finishes."""
+        if isinstance(outcome, Result):
+            self.results[number] = outcome
+        elif number < self._first:
+            named = f"image {number}: {outcome.message}" if len(self.results) > 1 else outcome.message
+            self._first, self.refusal = number, Refusal(outcome.status, named, headers=outcome.headers)
+        self._left -= 1
+        if not self._left:
+            self._finish(self)
+
+    def content(self) -> bytes:
+        """The answer's JSON."""
+        parts = [result.content for result in self.results if result is not None]
+        return b'{"predictions":[' + b",".join(parts) + b"]}" if self._many else parts[0]
 
 
 class _Body(msgspec.Struct, forbid_unknown_fields=True):
@@ -25,7 +59,7 @@ class _Body(msgspec.Struct, forbid_unknown_fields=True):
     images: list[str] | None = None
 
 
-def images_in(body: bytes, content_type: str) -> tuple[list[ImageBytes], bool]:
+def images_in(body: bytes, content_type: str) -> tuple[list[ImageIn], bool]:
     """The images of a request body, and whether the answer is a list. Raises Refusal 400, 413 or 415."""
     kind = content_type.partition(";")[0].strip().lower()
     if kind == "application/json":
@@ -35,26 +69,18 @@ def images_in(body: bytes, content_type: str) -> tuple[list[ImageBytes], bool]:
         texts = [request.image] if request.image is not None else request.images or []
         if not texts:
             raise Refusal(400, "images must hold at least one image, got none")
-        return [_later(text) for text in texts], request.images is not None
+        return [ImageIn(text.encode(), encoded=True) for text in texts], request.images is not None
     if kind == "multipart/form-data":
         files = files_in(body, boundary_of(content_type))
         if not files:
             raise Refusal(400, "the form must hold at least one image file, got none")
-        return [_given(content) for content in files], len(files) > 1
+        return [ImageIn(content, encoded=False) for content in files], len(files) > 1
     if kind.startswith("image/"):
-        return [_given(body)], False
+        return [ImageIn(body, encoded=False)], False
     raise Refusal(415, f"Content-Type must be application/json, multipart/form-data or image/*, got {quote(kind)}")
 
 
-def _later(text: str) -> ImageBytes:
-    return lambda: decode_base64(text)
-
-
-def _given(content: bytes) -> ImageBytes:
-    return lambda: content
-
-
-def image_spec(model: LoadedModel) -> ImagePreprocess:
+def image_spec(model: Served) -> ImagePreprocess:
     """How this model wants its images. Raises Refusal 422 where it takes none."""
     spec = model.signature.image
     if spec is None or not model.classifies:
@@ -62,12 +88,7 @@ def image_spec(model: LoadedModel) -> ImagePreprocess:
     return spec
 
 
-def prepare_image(image: ImageBytes, *, model: LoadedModel, max_pixels: int) -> Mapping[str, Array]:
-    """One row for the model's input. Raises Refusal 400 or 413."""
-    return {model.signature.inputs[0].name: preprocess(image(), image_spec(model), max_pixels=max_pixels)}
-
-
-def format_prediction(answer: Answer, *, model: LoadedModel, request_id: str) -> dict[str, Any]:
+def format_prediction(answer: Answer, *, model: Served, request_id: str) -> dict[str, Any]:
     """The most probable class of a one-row answer. `class` is null where the artifact names no classes."""
     if answer.probabilities is None:
         raise ModelFault("the model gave no class scores")

@@ -2,13 +2,15 @@
 
 Knows nothing of HTTP beyond the status of a Refusal, so that another transport can use the same values. Strict where
 the protocol is vague: a number must fit its data type exactly, nested data must have the declared shape, and NaN or
-infinity, which JSON does not have, are refused in requests and in answers.
+infinity, which JSON does not have, are refused in requests and in answers. Tensors outside of the JSON are in
+`binary.py`, which shares the checks below.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,23 +19,31 @@ import numpy as np
 
 from fettle.core.errors import InvalidInput
 from fettle.core.signature import Array, Signature, TensorSpec
-from fettle.serve.batching import Answer
-from fettle.serve.model import LoadedModel, ModelFault
+from fettle.serve.answer import Answer
+from fettle.serve.model import ModelFault, Served
 from fettle.serve.refusal import Refusal, quote
 
 MAX_RANK = 16
+_MAX_SIDE = 2**63 - 1
 DATATYPES = {
     "bool": "BOOL", "uint8": "UINT8", "uint16": "UINT16", "uint32": "UINT32", "uint64": "UINT64", "int8": "INT8",
     "int16": "INT16", "int32": "INT32", "int64": "INT64", "float16": "FP16", "float32": "FP32", "float64": "FP64",
 }  # fmt: skip
 _DTYPES = {datatype: dtype for dtype, datatype in DATATYPES.items()}
+# What the protocol has and numpy has not, so that no signature can ask for it.
+_ABSENT = {
+    "BYTES": "models here take numbers only",
+    "BF16": "numpy has no such type: send FP32 or FP16, as the model's metadata says",
+}
 _KINDS: dict[str, type] = {"b": bool, "i": int, "u": int, "f": float}
 
 # Names and sizes are checked by hand after decoding, for messages that say the rule.
 _Parameters = dict[str, str | int | float | bool | None]
 
 
-class _Tensor(msgspec.Struct):
+class InputJson(msgspec.Struct):
+    """One input as the JSON describes it, nothing checked yet but the types."""
+
     name: str
     shape: list[int]
     datatype: str
@@ -46,8 +56,10 @@ class _Wanted(msgspec.Struct):
     parameters: _Parameters = {}
 
 
-class _Request(msgspec.Struct):
-    inputs: list[_Tensor]
+class RequestJson(msgspec.Struct):
+    """The JSON of a request, nothing checked yet but the types."""
+
+    inputs: list[InputJson]
     id: str | None = None
     parameters: _Parameters = {}
     outputs: list[_Wanted] | None = None
@@ -55,12 +67,17 @@ class _Request(msgspec.Struct):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InferCall:
-    """One checked request. outputs: the names asked for, in order; id: to be echoed where one was given."""
+    """One checked request.
+
+    outputs: the names asked for, in order; binary: those of them that are wanted as raw bytes behind the JSON.
+    id: to be echoed where one was given.
+    """
 
     inputs: dict[str, Array]
     outputs: tuple[str, ...]
     rows: int
     id: str | None
+    binary: frozenset[str] = frozenset()
 
     @property
     def shape(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
@@ -68,22 +85,27 @@ class InferCall:
         return tuple((name, array.shape[1:]) for name, array in sorted(self.inputs.items()))
 
 
-def parse_infer(body: bytes, signature: Signature) -> InferCall:
+def parse_infer(body: bytes | memoryview, signature: Signature) -> InferCall:
     """The arrays in the body of `POST /v2/models/NAME/infer`. Raises Refusal 400."""
-    request: _Request = decode(body, _Request)
+    return call_of(decode(body, RequestJson), json_array, signature)
+
+
+def call_of(request: RequestJson, read: Callable[[InputJson], Array], signature: Signature) -> InferCall:
+    """The request with its inputs as `read` finds them, each once and as the signature says. Raises Refusal 400."""
     arrays: dict[str, Array] = {}
     for tensor in request.inputs:
         if tensor.name in arrays:
             raise Refusal(400, f"each input must be given once, got {quote(tensor.name)} twice")
-        arrays[tensor.name] = _array(tensor)
+        arrays[tensor.name] = read(tensor)
     try:
         rows = signature.check(arrays)
     except InvalidInput as problem:
         raise Refusal(400, str(problem)[:500]) from None
-    return InferCall(inputs=arrays, outputs=_wanted(request, signature), rows=rows, id=request.id)
+    names = _wanted(request, signature)
+    return InferCall(inputs=arrays, outputs=names, rows=rows, id=request.id, binary=_binary(request, names))
 
 
-def decode(body: bytes, kind: Any) -> Any:
+def decode(body: bytes | memoryview, kind: Any) -> Any:
     """The JSON text as that type. Raises Refusal 400, for deep nesting too."""
     if not body:
         raise Refusal(400, "the body must be JSON, got an empty one")
@@ -95,7 +117,7 @@ def decode(body: bytes, kind: Any) -> Any:
         raise Refusal(400, f"the body must be JSON as documented: {str(problem)[:200]}") from None
 
 
-def _wanted(request: _Request, signature: Signature) -> tuple[str, ...]:
+def _wanted(request: RequestJson, signature: Signature) -> tuple[str, ...]:
     known = tuple(spec.name for spec in signature.outputs)
     if not request.outputs:
         return known
@@ -108,23 +130,57 @@ def _wanted(request: _Request, signature: Signature) -> tuple[str, ...]:
     return names
 
 
-def _array(tensor: _Tensor) -> Array:
-    """The tensor's data, nested or flat, as an array of exactly its shape and data type."""
+def _binary(request: RequestJson, names: tuple[str, ...]) -> frozenset[str]:
+    """What an output says of itself goes before what the request says of all."""
+    every = _flag(request.parameters, "binary_data_output", False)
+    own = {wanted.name: wanted.parameters for wanted in request.outputs or ()}
+    return frozenset(name for name in names if _flag(own.get(name, {}), "binary_data", every))
+
+
+def _flag(parameters: _Parameters, key: str, default: bool) -> bool:
+    value = parameters.get(key, default)
+    if not isinstance(value, bool):
+        raise Refusal(400, f"parameter {key} must be true or false, got {quote(value)}")
+    return value
+
+
+def layout_of(tensor: InputJson) -> tuple[np.dtype[Any], list[int]]:
+    """The data type and the shape that an input declares. Raises Refusal 400.
+
+    >>> layout_of(InputJson(name="x", shape=[5, 2], datatype="FP32"))
+    (dtype('float32'), [5, 2])
+    """
     where = f"input {quote(tensor.name)}"
     dtype = _DTYPES.get(tensor.datatype)
     if dtype is None:
-        raise Refusal(400, f"{where}: datatype must be one of {', '.join(_DTYPES)}, got {quote(tensor.datatype)}")
-    if "binary_data_size" in tensor.parameters:
-        raise Refusal(400, f"{where}: binary tensors are not supported here: send the data as JSON")
+        why = f" ({_ABSENT[tensor.datatype]})" if tensor.datatype in _ABSENT else ""
+        allowed = ", ".join(_DTYPES)
+        raise Refusal(400, f"{where}: datatype must be one of {allowed}, got {quote(tensor.datatype)}{why}")
     shape = tensor.shape
-    if not 1 <= len(shape) <= MAX_RANK or min(shape) < 1:
-        raise Refusal(400, f"{where}: shape must be 1 to {MAX_RANK} positive numbers, got {quote(shape)}")
+    # Python prints no product of thousands of digits; and no array has such a side.
+    if not 1 <= len(shape) <= MAX_RANK or min(shape) < 1 or max(shape) > _MAX_SIDE:
+        raise Refusal(400, f"{where}: shape must be 1 to {MAX_RANK} positive numbers of 63 bits, got {quote(shape)}")
+    return np.dtype(dtype), shape
+
+
+def json_array(tensor: InputJson) -> Array:
+    """The tensor's data, nested or flat, as an array of exactly its shape and data type. Raises Refusal 400.
+
+    >>> json_array(InputJson(name="x", shape=[1, 2], datatype="UINT8", data=msgspec.Raw(b"[[1, 255]]")))
+    array([[  1, 255]], dtype=uint8)
+    """
+    where = f"input {quote(tensor.name)}"
+    dtype, shape = layout_of(tensor)
+    if "binary_data_size" in tensor.parameters:
+        raise Refusal(
+            400, f"{where}: a binary tensor needs the header Inference-Header-Content-Length, the length of the JSON"
+        )
     text = memoryview(tensor.data)
     if not text.nbytes:
         raise Refusal(400, f"{where}: data is missing")
     nested = len(shape) > 1 and _is_nested(text)
     try:
-        values = _decoder(len(shape) if nested else 1, _KINDS[np.dtype(dtype).kind]).decode(text)
+        values = _decoder(len(shape) if nested else 1, _KINDS[dtype.kind]).decode(text)
         with np.errstate(over="ignore"):  # a number too large becomes infinity, which the signature refuses
             array = np.array(values, dtype=dtype)
     except (msgspec.MsgspecError, OverflowError, RecursionError):
@@ -152,16 +208,27 @@ def _decoder(depth: int, kind: type) -> msgspec.json.Decoder[Any]:
     return msgspec.json.Decoder(wanted)
 
 
-def format_infer(answer: Answer, *, model: LoadedModel, call: InferCall) -> bytes:
+def format_infer(answer: Answer, *, model: Served, call: InferCall) -> bytes:
     """The body of the response. Raises ModelFault for NaN or infinity, which JSON cannot carry."""
-    response: dict[str, Any] = {"model_name": model.name, "model_version": str(model.version)}
-    if call.id is not None:
-        response["id"] = call.id
-    response["outputs"] = [_tensor(name, answer.outputs[name]) for name in call.outputs]
+    response = response_head(model, call)
+    response["outputs"] = [json_tensor(name, answer.outputs[name]) for name in call.outputs]
     return msgspec.json.encode(response)
 
 
-def _tensor(name: str, array: Array) -> dict[str, Any]:
+def response_head(model: Served, call: InferCall) -> dict[str, Any]:
+    """What every response says before its outputs."""
+    head: dict[str, Any] = {"model_name": model.name, "model_version": str(model.version)}
+    if call.id is not None:
+        head["id"] = call.id
+    return head
+
+
+def json_tensor(name: str, array: Array) -> dict[str, Any]:
+    """An output with its data as JSON. Raises ModelFault for NaN or infinity, which JSON cannot carry.
+
+    >>> json_tensor("y", np.array([[1, 2]], np.uint8))
+    {'name': 'y', 'shape': [1, 2], 'datatype': 'UINT8', 'data': [1, 2]}
+    """
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise ModelFault(f"the model answered NaN or infinity in output '{name}', which JSON cannot carry")
     return {
@@ -172,7 +239,7 @@ def _tensor(name: str, array: Array) -> dict[str, Any]:
     }
 
 
-def describe(model: LoadedModel) -> dict[str, Any]:
+def describe(model: Served) -> dict[str, Any]:
     """The model's metadata: free dimensions are -1."""
     return {
         "name": model.name,

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+
+from fettle.core.errors import FettleError
+
+_PATH = re.compile(r"(?:[A-Za-z]:)?(?:[\\/][^\s\\/:,;'\"]+){2,}[\\/]?")
 
 
 class Refusal(Exception):
@@ -31,3 +36,16 @@ def quote(text: object, limit: int = 80) -> str:
     """
     text = str(text)
     return repr(text) if len(text) <= limit else f"{text[:limit]!r}..."
+
+
+def reason_of(problem: BaseException) -> str:
+    """The reason in words for `/health`, which anyone may read: without paths, and without internals of others.
+
+    >>> reason_of(FettleError("no manifest in /srv/fettle/blobs/ab"))
+    'no manifest in [path]'
+    >>> reason_of(ValueError("secret"))
+    'it failed with ValueError: see the log'
+    """
+    if not isinstance(problem, FettleError):
+        return f"it failed with {type(problem).__name__}: see the log"
+    return _PATH.sub("[path]", str(problem))[:500]

@@ -14,23 +14,29 @@ import signal
 import time
 from collections.abc import Callable
 
+import uvloop
+
 from fettle.serve.app import Application
-from fettle.serve.batching import Batcher
+from fettle.serve.connection import Connection, Connections
+from fettle.serve.dispatch import Dispatcher
 from fettle.serve.health import Health
+from fettle.serve.lanes import Lanes, Mounted
 from fettle.serve.listener import Listener, address_of, bind
 from fettle.serve.metrics import Metrics
-from fettle.serve.model import LoadedModel
+from fettle.serve.model import Served
 from fettle.serve.observations import ObservationLog
 from fettle.serve.options import ServeOptions
 from fettle.serve.source import ModelSource
 from fettle.serve.switch import Switch
 
 _log = logging.getLogger("fettle.serve")
-# Connections the kernel had accepted before new ones were refused have this long to be taken up and to speak.
-_SETTLE_S = 0.25
+# Connections that were accepted before new ones were refused have this many polls to speak, counted from the latest
+# request: where one still speaks others may. In polls, not seconds: a machine that stood still gives them no less.
+_SETTLE_POLLS = 25
+_SETTLE_AT_MOST_S = 5.0
 _POLL_S = 0.01
-# Once every request is answered, silent connections are not worth waiting for longer than this.
-_SILENT_S = 0.5
+_SWEEP_S = 0.05
+_WORKERS_END_S = 5.0
 
 Announce = Callable[[str], None]
 
@@ -48,7 +54,7 @@ def serve(
     on_ready: called with the URL once a first version is proven; never, where none is good.
     Raises UsageError where the address cannot be had. Call it from the main thread.
     """
-    return asyncio.run(_serve_until_signal(source, options, on_ready, on_listening))
+    return uvloop.run(_serve_until_signal(source, options, on_ready, on_listening))
 
 
 async def _serve_until_signal(
@@ -77,16 +83,10 @@ async def serve_until(
 ) -> int:
     """Like `serve`, inside a running loop, until the event is set."""
     service = Service(source, options, on_ready=on_ready)
-    engine = service.start()
+    await service.start()
     on_listening(service.url)
-    stopping = asyncio.create_task(stop.wait())
-    await asyncio.wait({stopping, engine}, return_when=asyncio.FIRST_COMPLETED)
-    stopping.cancel()
-    if engine.done():
-        _log.error("the HTTP engine ended by itself", exc_info=engine.exception())
-    alive = not engine.done()
-    drained = await service.drain()
-    return 0 if alive and drained else 1
+    await stop.wait()
+    return 0 if await service.drain() else 1
 
 
 class Service:
@@ -100,31 +100,31 @@ class Service:
         self._loop = asyncio.get_running_loop()
         self._announced = False
         metrics = Metrics()
-        self._switch = Switch(source, options=options, metrics=metrics, on_change=self._answering)
-        self._health = Health(self._switch, source.name)
-        self._batcher = Batcher(options=options, metrics=metrics)
+        self._lanes = Lanes(options, metrics)
+        self._switch = Switch(source, options=options, metrics=metrics, mount=self._mount, on_change=self._changed)
+        self._health = Health(self._switch, self._lanes, source.name)
         folder = options.observations
         self._log = None if folder is None else ObservationLog(folder, options=options, metrics=metrics)
+        self._dispatcher = Dispatcher(self._lanes, options=options, metrics=metrics, observe=folder is not None)
         self._application = Application(
-            options=options, health=self._health, batcher=self._batcher, metrics=metrics, log=self._log
+            options=options, health=self._health, dispatcher=self._dispatcher, metrics=metrics, log=self._log
         )
         metrics.watch(
-            queued_rows=lambda: self._batcher.queued_rows,
+            queued_rows=lambda: self._dispatcher.queued_rows,
             in_flight=lambda: self._application.in_flight,
             ready=lambda: self._health.ready,
         )
-        self._listener = Listener(
-            self._application,
-            bound,
-            max_connections=options.max_connections,
-            idle_timeout_s=options.idle_timeout_s,
-        )
+        self._connections = Connections(options)
+        self._listener = Listener(lambda: Connection(self._application, self._connections), bound)
+        self._sweeper: asyncio.Task[None] | None = None
 
-    def start(self) -> asyncio.Task[None]:
+    async def start(self) -> None:
         """Open the port, then load: liveness and the reason for not being ready are told from the first moment."""
-        engine = self._listener.start()
+        self._lanes.start()
+        await self._listener.start()
+        self._dispatcher.start()
         self._switch.start()
-        return engine
+        self._sweeper = self._loop.create_task(self._sweep())
 
     async def drain(self) -> bool:
         """End in the order of this module's docstring. False where work was left undone."""
@@ -133,39 +133,49 @@ class Service:
         _log.info("draining: %d requests in flight", self._application.in_flight)
         await asyncio.sleep(options.grace_s)
         self._listener.refuse_connections()
-        await asyncio.sleep(_SETTLE_S)
-        clean = await self._end_requests()
+        await self._settle()
+        self._listener.stop()
+        clean = await self._until_quiet(options.drain_timeout_s)
         self._switch.close(timeout_s=0.0)
-        clean &= await asyncio.to_thread(self._batcher.close, options.drain_timeout_s if clean else 0.0)
+        self._dispatcher.close()
+        self._connections.close_idle()
+        await self._lanes.close(_WORKERS_END_S if clean else 0.0)
         if self._log is not None:
             clean &= await asyncio.to_thread(self._log.close, options.drain_timeout_s)
-        self._application.close()
+        if self._sweeper is not None:
+            self._sweeper.cancel()
         _log.info("ended %s", "cleanly" if clean else "with work undone")
         return clean
 
-    def _answering(self, model: LoadedModel) -> None:
+    def _mount(self, served: Served, root: str) -> Mounted:
+        """Called by the switch's thread."""
+        return asyncio.run_coroutine_threadsafe(self._lanes.mount(served, root), self._loop).result()
+
+    def _changed(self, model: Mounted, before: Mounted | None) -> None:
         """Called by the switch's thread for each version that answers from now on."""
+        if before is not None:
+            self._loop.call_soon_threadsafe(self._dispatcher.retire, before)
         if not self._announced:
             self._announced = True
             self._loop.call_soon_threadsafe(self._on_ready, self.url)
 
-    async def _end_requests(self) -> bool:
-        """Close the port and idle connections; wait for the requests. False where some did not end in time."""
-        closing = asyncio.create_task(self._listener.stop(self._options.drain_timeout_s + _SILENT_S))
-        clean = await self._until_quiet(closing, self._options.drain_timeout_s)
-        if not clean:
-            self._application.give_up()
-            await self._until_quiet(closing, _SILENT_S)
-        closing.cancel()
-        return clean
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(_SWEEP_S)
+            self._connections.sweep()
 
-    async def _until_quiet(self, closing: asyncio.Task[bool], timeout_s: float) -> bool:
-        """Wait until all connections are closed, or only silent ones are left. False where requests still run."""
-        now = quiet_since = time.monotonic()
-        end = now + timeout_s
-        while not closing.done() and now < end and now - quiet_since < _SILENT_S:
+    async def _settle(self) -> None:
+        """Wait until no accepted connection is likely to bring another request."""
+        quiet, heard, end = 0, self._application.begun, time.monotonic() + _SETTLE_AT_MOST_S
+        while quiet < _SETTLE_POLLS and time.monotonic() < end:
             await asyncio.sleep(_POLL_S)
-            now = time.monotonic()
-            if self._application.in_flight:
-                quiet_since = now
+            begun = self._application.begun
+            quiet = 0 if begun != heard or self._listener.waiting() else quiet + 1
+            heard = begun
+
+    async def _until_quiet(self, timeout_s: float) -> bool:
+        """Wait until every request that has begun is answered. False where some were not in time."""
+        end = time.monotonic() + timeout_s
+        while (self._application.in_flight or self._connections.receiving) and time.monotonic() < end:
+            await asyncio.sleep(_POLL_S)
         return self._application.in_flight == 0

@@ -7,25 +7,27 @@ the source names another version, or after a wait that doubles.
 from __future__ import annotations
 
 import logging
-import re
 import threading
 import time
 from collections.abc import Callable
 
 from fettle.core.errors import FettleError
+from fettle.serve.lanes import Mounted
 from fettle.serve.metrics import Metrics
-from fettle.serve.model import LoadedModel, load_model
+from fettle.serve.model import Served, served_of
 from fettle.serve.options import ServeOptions
+from fettle.serve.refusal import reason_of
 from fettle.serve.source import ModelSource
 
 _log = logging.getLogger("fettle.serve")
-_PATH = re.compile(r"(?:[A-Za-z]:)?(?:[\\/][^\s\\/:,;'\"]+){2,}[\\/]?")
 _LONGEST_RETRY_S = 300.0
 
 
 class Switch:
     """Holds the model that answers. One thread writes `active`; everyone reads it once per request.
 
+    mount(served, root): loads and proves a version in every worker, and waits for that; raises ArtifactError.
+    on_change(now, before): told of each swap.
     active: None until a first version is proven. problem: why the latest load failed, in words for anyone; None
     where all is well. attempted: True once a first load has ended, well or not.
     """
@@ -36,15 +38,17 @@ class Switch:
         *,
         options: ServeOptions,
         metrics: Metrics,
-        on_change: Callable[[LoadedModel], None] = lambda model: None,
+        mount: Callable[[Served, str], Mounted],
+        on_change: Callable[[Mounted, Mounted | None], None] = lambda model, before: None,
     ) -> None:
-        self.active: LoadedModel | None = None
+        self.active: Mounted | None = None
         self.problem: str | None = None
         self.attempted = False
         self._source = source
         self._options = options
         self._retry = _Backoff(options.retry_s)
         self._metrics = metrics
+        self._mount = mount
         self._on_change = on_change
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="fettle-switch", daemon=True)
@@ -68,7 +72,7 @@ class Switch:
         version: int | None = None
         try:
             version = self._source.current()
-            if self.active is not None and version == self.active.version:
+            if self.active is not None and version == self.active.served.version:
                 self.problem = None
                 self._retry.forget()
                 return
@@ -81,22 +85,21 @@ class Switch:
             self._swap(model)
         self.attempted = True
 
-    def _load(self, version: int) -> LoadedModel:
+    def _load(self, version: int) -> Mounted:
         artifact = self._source.open(version)
-        options = self._options
-        return load_model(
-            self._source.name, version, artifact, threads=options.threads, max_batch_rows=options.max_batch_rows
-        )
+        return self._mount(served_of(self._source.name, version, artifact), str(artifact.root))
 
-    def _swap(self, model: LoadedModel) -> None:
+    def _swap(self, model: Mounted) -> None:
         before = self.active
         self.active = model
         self.problem = None
         self._retry.forget()
         self._metrics.switches.labels("ok").inc()
-        self._metrics.serving(model.name, str(model.version), model.digest, model.runtime, model.precision)
-        _log.info("%s:%d answers now, before it %s", model.name, model.version, before.version if before else "nothing")
-        self._on_change(model)
+        now = model.served
+        self._metrics.serving(now.name, str(now.version), now.digest, now.runtime, now.precision)
+        was = before.served.version if before else "nothing"
+        _log.info("%s:%d answers now, before it %s", now.name, now.version, was)
+        self._on_change(model, before)
 
     def _failed(self, version: int | None, problem: Exception) -> None:
         """Count and tell each failed load; a source that cannot be asked is told of once."""
@@ -107,7 +110,7 @@ class Switch:
         self._metrics.switches.labels("failed").inc()
         if version is not None:
             self._retry.failed(version)
-        kept = f"version {self.active.version} goes on answering" if self.active else "nothing answers"
+        kept = f"version {self.active.served.version} goes on answering" if self.active else "nothing answers"
         unexpected = None if isinstance(problem, FettleError) else problem
         _log.error("%s: %s; %s", self._source.name, self.problem, kept, exc_info=unexpected)
 
@@ -133,16 +136,3 @@ class _Backoff:
         self._version = version
         self._due = time.monotonic() + self._wait_s
         self._wait_s = min(self._wait_s * 2, _LONGEST_RETRY_S)
-
-
-def reason_of(problem: BaseException) -> str:
-    """The reason in words for `/health`, which anyone may read: without paths, and without internals of others.
-
-    >>> reason_of(FettleError("no manifest in /srv/fettle/blobs/ab"))
-    'no manifest in [path]'
-    >>> reason_of(ValueError("secret"))
-    'it failed with ValueError: see the log'
-    """
-    if not isinstance(problem, FettleError):
-        return f"it failed with {type(problem).__name__}: see the log"
-    return _PATH.sub("[path]", str(problem))[:500]

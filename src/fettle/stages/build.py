@@ -13,73 +13,73 @@ import numpy as np
 import torch
 
 from fettle.compress.capture import export_program
-from fettle.compress.step import Context, Step
 from fettle.core import plugins
 from fettle.core.artifact import Artifact, Manifest
 from fettle.core.data import Inputs
-from fettle.core.errors import DataError, FettleError
+from fettle.core.errors import DataError, ExportError, FettleError
 from fettle.core.machine import describe_hardware, describe_versions
-from fettle.core.observation import input_statistics
-from fettle.core.recipe import Recipe, StepSpec
+from fettle.core.recipe import Recipe
 from fettle.core.report import Measurement
 from fettle.core.runner import Runner, RuntimeBase
 from fettle.core.signature import Array, Signature
+from fettle.core.statistics import input_statistics
 from fettle.evaluate.metric import measure_metric
+from fettle.stages.numerics import ROWS, Deployed, check_numerics
+from fettle.stages.steps import carry_out, check_order, load_step, precision_of
 from fettle.stages.task import Task
 
 _GOLDEN_ROWS = 8
 _REFERENCE_ROWS = 5000
 # Another CPU, or another batch size, may round an int8 step the other way; float differs by accumulation order only.
-_TOLERANCES = {"float": 1e-3, "int8": 0.05}
+_FLOAT_TOLERANCE, _TOLERANCE = 1e-3, 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Built:
-    """A sealed artifact with what it answered on the validation split."""
+    """A sealed artifact with what it answered on the validation split, and how near that is to the simulation."""
 
     artifact: Artifact
     runner: Runner
     metric: Measurement
     outputs: Array
+    numerics: tuple[Measurement, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
-    """A recipe carried out on the model, before any runtime: the program and what the steps had to say."""
+    """A recipe carried out on the model, before any runtime: model, its program, and what the steps had to say."""
 
     recipe: Recipe
     precision: str
+    model: torch.nn.Module
     program: torch.export.ExportedProgram
     notes: tuple[str, ...]
 
+    @classmethod
+    def of(cls, task: Task, recipe: Recipe, model: torch.nn.Module, *, notes: tuple[str, ...]) -> Prepared:
+        """The recipe with the model that its steps made. Raises ExportError where they quantized nothing."""
+        precision = precision_of([load_step(spec) for spec in recipe.steps])
+        program = export_program(model, task.example)
+        if "int" in precision and not any(_on_integers(node) for node in program.graph.nodes):
+            why = f": {notes[0]}" if notes else ""
+            raise ExportError(f"a recipe for {precision} must find something to quantize, got a model in float{why}")
+        return cls(recipe=recipe, precision=precision, model=model, program=program, notes=notes)
+
+
+def _on_integers(node: torch.fx.Node) -> bool:
+    return getattr(node.target, "namespace", "") in ("quantized_decomposed", "fettle")
+
 
 def prepare(task: Task, recipe: Recipe, *, progress: Callable[[float], None] = lambda share: None) -> Prepared:
-    """Apply the recipe's steps in order; `progress` is told the share of them that is done. Raises what they raise."""
+    """Apply the recipe's steps in order; `progress` is told the share that is done. Raises what they raise."""
     if not recipe.steps:
-        return Prepared(recipe=recipe, precision="float", program=task.program, notes=())
+        same = task.program.module(check_guards=False)
+        return Prepared(recipe=recipe, precision="float", model=same, program=task.program, notes=())
     notes: list[str] = []
-    model, precision = task.model, "float"
-    for index, spec in enumerate(recipe.steps):
-        step = load_step(spec)
-        context = Context(
-            example=task.example,
-            calibration=task.calibration_batches(),
-            seed=recipe.seed,
-            note=notes.append,
-            progress=lambda share, index=index: progress((index + share) / len(recipe.steps)),  # type: ignore[misc]
-        )
-        model = step.apply(model, context)
-        precision = step.precision or precision
-    program = export_program(model, task.example)
-    return Prepared(recipe=recipe, precision=precision, program=program, notes=tuple(notes))
-
-
-def load_step(spec: StepSpec) -> Step:
-    """The step of that name, such as "quantize.post_training", with these parameters. Raises UsageError."""
-    package, _, name = spec.name.rpartition(".")
-    step = plugins.load(f"fettle.compress.{package}", name, Step).from_spec(spec)
-    assert isinstance(step, Step)
-    return step
+    steps = [load_step(spec) for spec in recipe.steps]
+    check_order(steps)
+    model = carry_out(task, steps, task.model, seed=recipe.seed, note=notes.append, progress=progress)
+    return Prepared.of(task, recipe, model, notes=tuple(notes))
 
 
 def build(task: Task, prepared: Prepared, runtime_name: str, *, root: Path, parent: str, signature: Signature) -> Built:
@@ -100,15 +100,26 @@ def build(task: Task, prepared: Prepared, runtime_name: str, *, root: Path, pare
     # Not sealed yet: its golden outputs are its own answers, so it must run first.
     runner = runtime.load(Artifact(digest="", manifest=manifest, root=root), threads=task.threads)
     metric, outputs = measure_metric(partial(answer, runner), task.validation, task.metric, seed=task.seed)
+    numerics: tuple[Measurement, ...] = ()
+    if runtime.computes:
+        deployed = Deployed(
+            runtime=runtime,
+            precision=prepared.precision,
+            model=prepared.model,
+            original=task.program.module(check_guards=False),
+            example=task.example,
+            threads=task.threads,
+        )
+        numerics = (check_numerics(deployed, runner, first_rows(task, ROWS)),)
     golden = _golden(task, runner)
     largest = max(
         (float(np.abs(v).max(initial=0.0)) for k, v in golden.items() if k.startswith("output:")), default=1.0
     )
-    tolerance = _TOLERANCES.get(prepared.precision, 1e-3) * max(largest, 1.0)
+    tolerance = (_FLOAT_TOLERANCE if prepared.precision == "float" else _TOLERANCE) * max(largest, 1.0)
     artifact = Artifact.seal(
         root, replace(manifest, tolerance=tolerance), golden=golden, reference=_reference(task, signature, outputs)
     )
-    return Built(artifact=artifact, runner=runner, metric=metric, outputs=outputs)
+    return Built(artifact=artifact, runner=runner, metric=metric, outputs=outputs, numerics=numerics)
 
 
 def answer(runner: Runner, inputs: Inputs) -> Any:
@@ -128,14 +139,9 @@ def answer(runner: Runner, inputs: Inputs) -> Any:
 
 def first_rows(task: Task, rows: int) -> dict[str, Array]:
     """The first rows of the validation split, repeated where it has fewer, by input name."""
-    parts: list[tuple[Array, ...]] = []
-    for inputs, _ in task.validation:
-        parts.append(inputs)
-        if sum(len(part[0]) for part in parts) >= rows:
-            break
-    joined = [np.concatenate(columns) for columns in zip(*parts, strict=True)]
-    wanted = np.arange(rows) % len(joined[0])
-    return {spec.name: array[wanted] for spec, array in zip(task.signature.inputs, joined, strict=True)}
+    found = task.leading_rows(rows)
+    wanted = np.arange(rows) % len(found[0])
+    return {spec.name: array[wanted] for spec, array in zip(task.signature.inputs, found, strict=True)}
 
 
 def _golden(task: Task, runner: Runner) -> dict[str, Array]:

@@ -93,6 +93,7 @@ def measure(task: Task, built: Mapping[str, Built], *, baseline: str) -> tuple[l
             entry.metric,
             *latency.measurements(),
             measure_size(entry.artifact),
+            *entry.numerics,
             *parity.measurements(task.validation.name),
         )
         trials.append(Trial(candidate=_candidate(label, entry.artifact, measurements), artifact=entry.artifact))

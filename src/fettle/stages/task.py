@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from fettle.compress.capture import export_program, quiet, two_rows
 from fettle.compress.step import Tensors
-from fettle.core.data import Split
+from fettle.core.data import Inputs, Split
 from fettle.core.errors import CaptureError, DataError, UsageError
 from fettle.core.recipe import Budget
 from fettle.core.signature import Array, ImagePreprocess, Signature, TensorSpec
@@ -32,7 +33,11 @@ class Misfit(UsageError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """One job for the optimizer. `calibration` is the training split where there is one, else `validation` itself."""
+    """One job for the optimizer.
+
+    calibration: the training split where there is one, else `validation` itself. checkpoints: a folder for the state
+    of steps that train, so that a run that was killed goes on.
+    """
 
     name: str
     model: torch.nn.Module
@@ -48,12 +53,31 @@ class Task:
     threads: int
     batch: int
     progress: Progress
+    checkpoints: Path | None = None
+
+    def labelled_batches(self) -> Iterable[tuple[Tensors, torch.Tensor]]:
+        """The training split as tensors, for steps that train."""
+        for inputs, targets in self.calibration:
+            (wanted,) = as_tensors((targets,))
+            yield as_tensors(inputs), wanted
 
     def calibration_batches(self) -> Iterable[Tensors]:
         """Inputs only, as tensors."""
-        for inputs, _ in self.calibration:
-            # torch takes neither mirrored nor read-only memory; only such an array is copied here.
-            yield tuple(torch.from_numpy(np.require(array, requirements=["C", "W"])) for array in inputs)
+        return (as_tensors(inputs) for inputs, _ in self.calibration)
+
+    def leading_rows(self, rows: int) -> Inputs:
+        """At most the first `rows` rows of the validation split, input by input."""
+        parts: list[Inputs] = []
+        for inputs, _ in self.validation:
+            parts.append(inputs)
+            if sum(len(part[0]) for part in parts) >= rows:
+                break
+        return tuple(np.concatenate(columns)[:rows] for columns in zip(*parts, strict=True))
+
+
+def as_tensors(arrays: Iterable[Array]) -> Tensors:
+    """The arrays as torch takes them: not mirrored, not read-only; only such an array is copied here."""
+    return tuple(torch.from_numpy(np.require(array, requirements=["C", "W"])) for array in arrays)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

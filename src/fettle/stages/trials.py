@@ -1,33 +1,55 @@
-"""Try every recipe in every runtime: a failed candidate is named and does not stop the run."""
+"""Try recipes in every runtime: a failed candidate is named and does not stop the run."""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import torch
+
+from fettle.compress.quantize.graph.simulate import Simulated
 from fettle.compress.quantize.post_training import PostTraining
 from fettle.core import plugins
+from fettle.core.errors import UsageError
 from fettle.core.recipe import Recipe
 from fettle.core.report import Report
 from fettle.core.runner import RuntimeBase
 from fettle.evaluate.comparison import Candidate
-from fettle.stages.build import Built, Prepared, build, load_step, prepare, with_activation
+from fettle.evaluate.latency import Latency, measure_latency
+from fettle.evaluate.layers import LayerLine
+from fettle.stages.build import Built, Prepared, build, first_rows, prepare, with_activation
+from fettle.stages.corrections import Corrected, find_corrections
+from fettle.stages.fit import fit
+from fettle.stages.give_back import Wanted, give_back
+from fettle.stages.judge import Judge
 from fettle.stages.measure import first_line, is_classification
+from fettle.stages.recipes import light_recipes
+from fettle.stages.sensitivity import account_for_layers
+from fettle.stages.steps import load_step, precision_of, simulated_metric
 from fettle.stages.task import Task
 
 BASELINE = "float in eager"
+# Of a time limit, what the search for corrections, and for layers to give back, may take.
+_CORRECTIONS, _GIVING_BACK = 0.3, 0.3
+_QUICK_TIMING_S = 1.0
 
 
 @dataclass(slots=True)
 class Tried:
-    """What came of all candidates: those built, by label, and those that failed, with the reason."""
+    """What came of all candidates: those built, by label, and those that failed, with the reason.
+
+    notes: what the steps had to say; decisions: which corrections were kept; layers: where int8 loses what.
+    """
 
     built: dict[str, Built] = field(default_factory=dict)
     failed: list[Candidate] = field(default_factory=list)
     notes: tuple[str, ...] = ()
+    decisions: tuple[str, ...] = ()
+    layers: tuple[LayerLine, ...] = ()
 
     def fail(self, label: str, precision: str, runtime: str, reason: str) -> None:
         """Note a candidate that could not be had."""
@@ -39,81 +61,234 @@ class Tried:
         )
 
 
-def recipes(task: Task) -> tuple[Recipe, ...]:
-    """What is tried on the model, the untouched one first."""
-    return (
-        Recipe(name="float", budget=task.budget, seed=task.seed),
-        Recipe(name="int8", steps=(PostTraining().spec(),), budget=task.budget, seed=task.seed),
-    )
-
-
-def try_all(task: Task, root: Path, *, runtimes: Sequence[str] = ()) -> Tried:
+def try_all(task: Task, root: Path, *, runtimes: Sequence[str] = (), recipes: Sequence[Recipe] = ()) -> Tried:
     """Build the baseline first (its failure is raised), then every other recipe in every installed runtime.
 
-    runtimes: names to use besides eager; empty for all that are installed and compute.
+    runtimes: names to use besides eager; empty for all that are installed and compute. recipes: what to try on the
+    model; empty for what fettle thinks of. Compressed candidates come before float ones: where time runs out, they
+    are what the user came for.
     """
-    float_recipe, *others = recipes(task)
-    start, tried = time.monotonic(), Tried()
-    task.progress(BASELINE, 0.0)
-    original = prepare(task, float_recipe)
-    first = build(task, original, "eager", root=root / "float-eager", parent="", signature=task.signature)
-    classification = is_classification(task.metric.name, task.signature.classes)
-    signature = with_activation(task.signature, first.outputs, classification=classification)
-    baseline = build(task, original, "eager", root=root / "float-eager", parent="", signature=signature)
-    tried.built[BASELINE] = baseline
-    # Compressed candidates before float ones: where time runs out, they are what the user came for.
-    plan = [(recipe, name) for recipe in (*others, float_recipe) for name in _runtimes_for(recipe, runtimes)]
-    prepared: dict[str, Prepared] = {float_recipe.name: original}
-    for index, (recipe, name) in enumerate(plan):
-        label, precision = f"{recipe.name} in {name}", _precision(recipe)
-        if _is_over(task, start):
-            tried.fail(label, precision, name, f"not tried: the time limit of {task.budget.time_limit} was reached")
-            continue
-        # Timing and final figures are the last tenth; the baseline was about one candidate's work.
-        done, whole = 0.9 * (index + 1) / (len(plan) + 1), 0.9 / (len(plan) + 1)
-        task.progress(label, done)
+    untouched = Recipe(name="float", budget=task.budget, seed=task.seed)
+    trials = _Trials(task, root, tuple(runtimes), asked=bool(recipes))
+    trials.begin(untouched)
+    if recipes:
+        for recipe in recipes:
+            trials.try_recipe(recipe)
+    else:
+        trials.try_int8()
+        for recipe in light_recipes(task):
+            trials.try_recipe(recipe)
+    trials.try_recipe(untouched)
+    return trials.tried
+
+
+@dataclass(slots=True)
+class _Trials:
+    """One run: what was tried so far, and what is needed to try more. asked: the recipes are the user's own."""
+
+    task: Task
+    root: Path
+    runtimes: tuple[str, ...]
+    asked: bool
+    tried: Tried = field(default_factory=Tried)
+    start: float = field(default_factory=lambda: time.monotonic())
+    share: float = 0.0
+    baseline: Built | None = None
+    prepared: dict[str, Prepared] = field(default_factory=dict)
+
+    def begin(self, untouched: Recipe) -> None:
+        """Build the original in eager, twice: its first answers tell what the signature must say of them."""
+        task = self.task
+        task.progress(BASELINE, 0.0)
+        original = self.prepared[untouched.digest] = prepare(task, untouched)
+        first = build(task, original, "eager", root=self.root / "float-eager", parent="", signature=task.signature)
+        classification = is_classification(task.metric.name, task.signature.classes)
+        signature = with_activation(task.signature, first.outputs, classification=classification)
+        self.baseline = build(task, original, "eager", root=self.root / "float-eager", parent="", signature=signature)
+        self.tried.built[BASELINE] = self.baseline
+        self.share = 0.1
+
+    def try_int8(self) -> None:
+        """Integers with the corrections that help; and with layers in float, where no engine keeps the floor."""
+        recipe = Recipe(name="int8", steps=(PostTraining().spec(),), budget=self.task.budget, seed=self.task.seed)
+        engines = self._engines(recipe)
+        if not engines or self._is_over():
+            self.try_recipe(recipe)  # names each engine as not tried
+            return
+        base = load_step(fit(recipe, [_runtime(engine) for engine in engines], note=self._say).steps[0])
+        assert isinstance(base, PostTraining)
         try:
-            if recipe.name not in prepared:
-                within = partial(_report_share, task, label, done, whole)
-                prepared[recipe.name] = prepare(task, recipe, progress=within)
-                tried.notes += prepared[recipe.name].notes
-            tried.built[label] = build(
-                task,
-                prepared[recipe.name],
-                name,
-                root=root / f"{recipe.name}-{name}",
-                parent=baseline.artifact.digest,
-                signature=signature,
+            corrected = find_corrections(
+                self.task, base, limit_s=self._part(_CORRECTIONS), progress=self._within("int8", 0.25)
+            )
+            self._account(corrected.model)
+        except Exception as problem:
+            for engine in engines:
+                self.tried.fail(f"int8 in {engine}", "int8", engine, first_line(problem))
+            return
+        for note in corrected.notes:
+            self._say(note)
+        self.tried.decisions = corrected.decisions
+        self.prepared[corrected.recipe.digest] = Prepared.of(
+            self.task, corrected.recipe, corrected.model, notes=corrected.notes
+        )
+        labels = self.try_recipe(corrected.recipe)
+        built = [self.tried.built[label] for label in labels if label in self.tried.built]
+        wanting = self._wanting(built)
+        if wanting is not None and self.tried.layers:
+            self._give_back(corrected, wanting)
+
+    def _wanting(self, built: Sequence[Built]) -> Built | None:
+        """The fastest that misses the floor, where none that keeps it is as fast: layers in float may mend it."""
+        built = [entry for entry in built if _runtime(entry.artifact.manifest.runtime).computes]
+        missing = [entry for entry in built if entry.metric.value < self._floor()]
+        if not missing:
+            return None
+        times_ms = self._time({entry.artifact.manifest.runtime: entry for entry in built})
+        kept_ms = [times_ms[entry.artifact.manifest.runtime] for entry in built if entry not in missing]
+        fastest = min(missing, key=lambda entry: times_ms[entry.artifact.manifest.runtime])
+        return fastest if times_ms[fastest.artifact.manifest.runtime] < min(kept_ms, default=math.inf) else None
+
+    def _floor(self) -> float:
+        assert self.baseline is not None
+        return self.task.budget.floor(self.baseline.metric.value)
+
+    def _give_back(self, corrected: Corrected, int8: Built) -> None:
+        engine = int8.artifact.manifest.runtime
+
+        def cost_ms(recipe: Recipe) -> float:
+            label = "int8 and float, for its time"
+            folder = self.root / f"{recipe.digest[:8]}-{engine}"
+            entry = self._build(recipe, engine, folder)
+            both = self._time({"int8": int8, label: entry})
+            return both[label] - both["int8"]
+
+        try:
+            # An engine may answer worse than the simulation that the layers are chosen by: it must make up for that.
+            gap = max(0.0, simulated_metric(self.task, corrected.model) - int8.metric.value)
+            assert self.baseline is not None
+            wanted = Wanted(
+                floor=min(self._floor() + gap, max(self._floor(), self.baseline.metric.value)),
+                latency_ms=self._time({"int8": int8})["int8"],
+                cost_ms=cost_ms,
+                limit_s=self._part(_GIVING_BACK),
+            )
+            given = give_back(
+                self.task,
+                corrected,
+                self.tried.layers,
+                Judge(self.task),
+                wanted,
+                progress=self._within("int8 and float", 0.2),
             )
         except Exception as problem:
-            tried.fail(label, precision, name, first_line(problem))
-    return tried
+            self.tried.fail(f"int8 and float in {engine}", "int8", engine, first_line(problem))
+            return
+        if given is not None:
+            self.tried.layers = given.lines
+            self.try_recipe(given.recipe)
+
+    def try_recipe(self, recipe: Recipe) -> list[str]:
+        """Build it in every engine that executes its precision; return the labels, of what failed too."""
+        labels = []
+        for engine in self._engines(recipe):
+            label = f"{recipe.name} in {engine}"
+            labels.append(label)
+            if self._is_over():
+                limit = self.task.budget.time_limit
+                self.tried.fail(label, _precision(recipe), engine, f"not tried: the time limit of {limit} was reached")
+                continue
+            self.task.progress(label, self.share)
+            try:
+                folder = self.root / f"{recipe.name}-{engine}".replace(" ", "-")
+                self.tried.built[label] = self._build(recipe, engine, folder)
+            except Exception as problem:
+                if self.asked and isinstance(problem, UsageError):
+                    raise  # the user's recipe is wrong, not the engine
+                self.tried.fail(label, _precision(recipe), engine, first_line(problem))
+            self.share = min(0.85, self.share + 0.04)
+        return labels
+
+    def _build(self, recipe: Recipe, engine: str, folder: Path) -> Built:
+        assert self.baseline is not None
+        recipe = fit(recipe, [_runtime(engine)], note=self._say)
+        if recipe.digest not in self.prepared:
+            said = partial(self.task.progress, f"{recipe.name} in {engine}")
+            self.prepared[recipe.digest] = prepare(self.task, recipe, progress=lambda _: said(self.share))
+            self._account(self.prepared[recipe.digest].model)
+            for note in self.prepared[recipe.digest].notes:
+                self._say(note)
+        return build(
+            self.task,
+            self.prepared[recipe.digest],
+            engine,
+            root=folder,
+            parent=self.baseline.artifact.digest,
+            signature=self.baseline.artifact.manifest.signature,
+        )
+
+    def _say(self, note: str) -> None:
+        """What the reader of the report should know, once."""
+        if note not in self.tried.notes:
+            self.tried.notes += (note,)
+
+    def _account(self, model: torch.nn.Module) -> None:
+        """The lines of the layers, from the first model in integers."""
+        if isinstance(model, Simulated) and not self.tried.layers:
+            self.tried.layers = account_for_layers(self.task, model)
+
+    def _time(self, entries: dict[str, Built]) -> dict[str, float]:
+        """Medians in milliseconds, interleaved."""
+        rows = first_rows(self.task, self.task.batch)
+        arrays = [rows[spec.name] for spec in self.task.signature.inputs]
+        calls: dict[str, Callable[[], object]] = {
+            label: partial(entry.runner, *arrays) for label, entry in entries.items()
+        }
+        timed = measure_latency(
+            calls,
+            batch=self.task.batch,
+            threads=self.task.threads,
+            time_limit_s=_QUICK_TIMING_S * len(calls),
+            seed=self.task.seed,
+        )
+        return {label: found.p50_ms for label, found in timed.items() if isinstance(found, Latency)}
+
+    def _engines(self, recipe: Recipe) -> list[str]:
+        """Installed runtimes that really execute the recipe's precision; eager float is the baseline already."""
+        installed = plugins.installed("fettle.runtime", RuntimeBase)
+        names = list(self.runtimes) or [
+            name for name, runtime in installed.items() if runtime.computes and runtime.by_default
+        ]
+        precision = _precision(recipe)
+        return [
+            name for name in names if precision in _runtime(name).precisions and (name, precision) != ("eager", "float")
+        ]
+
+    def _is_over(self) -> bool:
+        limit_s = self.task.budget.time_limit_s
+        return limit_s is not None and time.monotonic() - self.start > limit_s
+
+    def _part(self, share: float) -> float | None:
+        """This share of the time limit, and no more than what is left; None without a limit."""
+        limit_s = self.task.budget.time_limit_s
+        if limit_s is None:
+            return None
+        return max(0.0, min(share * limit_s, limit_s - (time.monotonic() - self.start)))
+
+    def _within(self, label: str, width: float) -> Callable[[float], None]:
+        """Progress inside a part of the run that is `width` of the whole."""
+        first = self.share
+
+        def report(share: float) -> None:
+            self.share = max(self.share, first + width * min(share, 1.0))
+            self.task.progress(label, self.share)
+
+        return report
 
 
-def _runtimes_for(recipe: Recipe, wanted: Sequence[str]) -> list[str]:
-    """Installed runtimes that really execute the recipe's precision; eager float is the baseline already."""
-    installed = plugins.installed("fettle.runtime", RuntimeBase)
-    names = list(wanted) or [name for name, runtime in installed.items() if runtime.computes]
-    precision = _precision(recipe)
-    return [
-        name
-        for name in names
-        if precision in plugins.load("fettle.runtime", name, RuntimeBase).precisions
-        and (name, precision) != ("eager", "float")
-    ]
+def _runtime(name: str) -> type[RuntimeBase]:
+    return plugins.load("fettle.runtime", name, RuntimeBase)
 
 
 def _precision(recipe: Recipe) -> str:
-    for spec in reversed(recipe.steps):
-        if precision := type(load_step(spec)).precision:
-            return precision
-    return "float"
-
-
-def _is_over(task: Task, start: float) -> bool:
-    limit_s = task.budget.time_limit_s
-    return limit_s is not None and time.monotonic() - start > limit_s
-
-
-def _report_share(task: Task, label: str, done: float, whole: float, share: float) -> None:
-    task.progress(label, done + whole * share * 0.8)
+    return precision_of([load_step(spec) for spec in recipe.steps])

@@ -171,6 +171,37 @@ class _Encoder(nn.Module):
         return self.head(self.layer(self.embed(x)).mean(dim=1))  # type: ignore[no-any-return]
 
 
+class _CrossAttention(nn.Module):
+    """A transformer decoder layer: 6 tokens of width 16 attend to themselves, then to 4 others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(5, 16)
+        self.layer = nn.TransformerDecoderLayer(16, 2, 32, dropout=0.1, batch_first=True)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, tokens: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+        return self.head(self.layer(self.embed(tokens), self.embed(others)).mean(dim=1))  # type: ignore[no-any-return]
+
+
+class _Parametrized(nn.Module):
+    """Layers whose weights are computed from parameters, and products that no layer stands for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        norms = nn.utils.parametrizations
+        self.body = nn.Sequential(
+            norms.weight_norm(nn.Conv2d(3, 8, 3, padding=1)), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()
+        )
+        self.mix, self.shift = nn.Parameter(0.2 * torch.randn(32, 12)), nn.Parameter(0.2 * torch.randn(12))
+        self.last = norms.spectral_norm(nn.Linear(12, 12))
+        self.head, self.start = nn.Parameter(0.2 * torch.randn(12, 4)), nn.Parameter(0.2 * torch.randn(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = functional.relu(self.last(functional.relu(self.body(x) @ self.mix + self.shift)))
+        return torch.addmm(self.start, x, self.head)
+
+
 class _TwoInputs(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -265,6 +296,11 @@ def _mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(12, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
 
 
+def _large_linear() -> nn.Module:
+    tokens = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64), nn.LayerNorm(64))
+    return nn.Sequential(tokens, nn.Flatten(), nn.Linear(384, 128), nn.ReLU(), nn.Linear(128, 4))
+
+
 def _conv1d() -> nn.Module:
     first, second = nn.Conv1d(2, 8, 3, padding=1), nn.Conv1d(8, 8, 3, padding=1, stride=2)
     return nn.Sequential(
@@ -315,6 +351,8 @@ _FOUND = (
         shapes=((6, 5),),
         anchors=6,
     ),
+    Case(name="cross_attention", trait="two sequences", factory=_CrossAttention, shapes=((6, 5), (4, 5)), anchors=10),
+    Case(name="parametrized", trait="weight norm, spectral norm, constant products", factory=_Parametrized, anchors=4),
     Case(name="mlp", trait="linear layers only", factory=_mlp, shapes=((12,),), anchors=3),
     Case(name="two_inputs", trait="two inputs", factory=_TwoInputs, shapes=(_IMAGE, (5,)), anchors=3),
     Case(name="two_outputs", trait="two outputs", factory=_TwoOutputs, outputs=2, anchors=3),
@@ -325,13 +363,7 @@ _FOUND = (
         factory=lambda: nn.Sequential(nn.BatchNorm2d(3), _Block(3, 8, nn.ReLU()), _Head(8)),
         anchors=2,
     ),
-    Case(
-        name="tied_weights",
-        trait="weights used twice, once transposed",
-        factory=_TiedWeights,
-        shapes=((12,),),
-        anchors=3,
-    ),
+    Case(name="tied_weights", trait="a weight used transposed", factory=_TiedWeights, shapes=((12,),), anchors=4),
     Case(
         name="dropout",
         trait="dropout between layers",
@@ -345,10 +377,19 @@ _FOUND = (
 )
 CASES: dict[str, Case] = {case.name: case for case in _FOUND}
 
-# Large enough that its weights, not its graph, decide the size of its file.
-LARGE = Case(
-    name="large",
-    trait="large weights",
-    factory=lambda: nn.Sequential(_Block(3, 64, nn.ReLU()), _Block(64, 128, nn.ReLU()), _Head(128)),
-    anchors=3,
-)
+# Large enough that its weights, not its graph, decide the size of its file; by the kind of layer that holds them.
+LARGE = {
+    "convolution": Case(
+        name="large_convolution",
+        trait="large weights in convolutions",
+        factory=lambda: nn.Sequential(_Block(3, 64, nn.ReLU()), _Block(64, 128, nn.ReLU()), _Head(128)),
+        anchors=3,
+    ),
+    "linear": Case(
+        name="large_linear",
+        trait="large weights in linear layers, which read three dimensions and two",
+        factory=_large_linear,
+        shapes=((6, 64),),
+        anchors=4,
+    ),
+}

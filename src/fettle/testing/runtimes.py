@@ -9,25 +9,42 @@ def test_mine_conforms(check, tmp_path):
 
 from __future__ import annotations
 
+import functools
 import pickle
+import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.export import ExportedProgram
 
 from fettle.compress.capture import export_program
+from fettle.compress.quantize.dynamic import Dynamic
+from fettle.compress.quantize.half import Half
 from fettle.compress.quantize.post_training import PostTraining
+from fettle.compress.quantize.weight_only import WeightOnly
+from fettle.compress.step import Step
 from fettle.core.artifact import MANIFEST, Artifact, Manifest
 from fettle.core.errors import ArtifactError, CorruptArtifact
 from fettle.core.recipe import Recipe
 from fettle.core.runner import RuntimeBase
 from fettle.core.signature import Array, Signature, TensorSpec
-from fettle.testing.models import CASES, Case
-from fettle.testing.steps import answers, context_for
+from fettle.testing.models import CASES, LARGE, Case
+from fettle.testing.steps import answers, content, context_for
 
 _MODELS = ("residual", "two_inputs", "two_outputs", "norm_first", "conv1d")
+# What brings a model to a precision; one that is not here is not checked.
+_STEPS: dict[str, Step] = {
+    "int8": PostTraining(),
+    "bf16": Half(),
+    "fp16": Half(dtype="float16"),
+    "int8-weights": WeightOnly(bits=8),
+    "int4-weights": WeightOnly(bits=4),
+    "int8-dynamic": Dynamic(),
+}
 _ROWS = (1, 2, 7, 1)
 _TOLERANCE = 1e-4
 _CALLERS = 4
@@ -66,10 +83,35 @@ def export_case(
     return signature
 
 
-def build(case: Case, precision: str) -> torch.nn.Module:
-    """The case's model, in int8 if that is asked for."""
+@functools.cache
+def _captured(case: Case, precision: str, weight_bits: int) -> tuple[torch.nn.Module, ExportedProgram]:
+    """The case's model and its program, the same for every runtime, so made once."""
+    model = build(case, precision, weight_bits=weight_bits)
+    return model, export_program(model, case.data(rows=2))
+
+
+def _export(
+    runtime: RuntimeBase, case: Case, folder: Path, *, precision: str = "float", weight_bits: int = 8
+) -> Signature:
+    """As `export_case`, from the one program that the checks share, which must be left as it was."""
+    folder.mkdir(parents=True)
+    signature = signature_of(case)
+    _, program = _captured(case, precision, weight_bits)
+    before = content(program)
+    runtime.export(program, folder, signature)
+    assert content(program) == before, f"{case.name}: export must leave the program as it was"
+    return signature
+
+
+def build(case: Case, precision: str, *, weight_bits: int = 8) -> torch.nn.Module:
+    """The case's model in that precision. weight_bits: at most, of weights that are multiplied in integers."""
     model = case.build()
-    return PostTraining().apply(model, context_for(case)) if precision == "int8" else model
+    if precision == "float":
+        return model
+    step = _STEPS[precision]
+    if isinstance(step, PostTraining | Dynamic):
+        step = replace(step, weight_bits=weight_bits)
+    return step.apply(model, context_for(case))
 
 
 def seal(folder: Path, signature: Signature, *, precision: str = "float") -> Artifact:
@@ -82,7 +124,7 @@ def seal(folder: Path, signature: Signature, *, precision: str = "float") -> Art
 def agrees_with_torch(runtime: RuntimeBase, folder: Path) -> None:
     """Float answers are those of torch within 1e-4, for one row and for several, on models of several kinds."""
     for case in (CASES[name] for name in _MODELS):
-        signature = export_case(runtime, case, folder / case.name)
+        signature = _export(runtime, case, folder / case.name)
         runner = runtime.load(seal(folder / case.name, signature), threads=1)
         for rows in _ROWS:
             expected = answers(case.build(), case.data(rows=rows, seed=rows))
@@ -102,45 +144,54 @@ def agrees_with_torch(runtime: RuntimeBase, folder: Path) -> None:
 
 def agrees_in_integers(runtime: RuntimeBase, folder: Path) -> None:
     """A quantized model answers as its simulation in torch does: a mean error below a twentieth of the spread."""
-    if "int8" not in runtime.precisions or not runtime.computes:
-        return
-    for case in (CASES[name] for name in _MODELS):
-        model = build(case, "int8")
-        signature = export_case(runtime, case, folder / case.name, model=model)
-        runner = runtime.load(seal(folder / case.name, signature, precision="int8"), threads=1)
+    precisions = sorted(runtime.precisions & set(_STEPS)) if runtime.computes else []
+    # Steps that are for linear layers leave the small ones alone.
+    wanted = {"int8": [CASES[name] for name in _MODELS]}
+    plan = [(precision, case) for precision in precisions for case in wanted.get(precision, [LARGE["linear"]])]
+    for precision, case in plan:
+        bits = runtime.weight_bits()
+        model, _ = _captured(case, precision, bits)
+        parts = folder / f"{case.name}-{precision}"
+        signature = _export(runtime, case, parts, precision=precision, weight_bits=bits)
+        runner = runtime.load(seal(parts, signature, precision=precision), threads=1)
         for rows in (64, 1):
             expected = answers(model, case.data(rows=rows, seed=5))
             found = runner.run(named_data(case, rows=rows, seed=5))
             spread = [tensor.std().item() for tensor in answers(model, case.data(rows=64, seed=5))]
             for spec, want, scale in zip(signature.outputs, expected, spread, strict=True):
                 error = float(np.abs(found[spec.name] - want.numpy()).mean()) / scale
-                assert error < 0.05, f"{case.name}, {rows} rows: {spec.name} is off by {error:.1%} of its spread"
+                where = f"{case.name} in {precision}, {rows} rows"
+                assert error < 0.05, f"{where}: {spec.name} is off by {error:.1%} of its spread"
 
 
 def answers_several_threads(runtime: RuntimeBase, folder: Path) -> None:
     """Calls from several threads at once, of several sizes, give what one thread gets; old answers stay as they are."""
     case = CASES["two_outputs"]
-    signature = export_case(runtime, case, folder / "model")
+    signature = _export(runtime, case, folder / "model")
     artifact = seal(folder / "model", signature)
     for threads in (1, 2):
         runner = runtime.load(artifact, threads=threads)
         batches = [named_data(case, rows=1 + index % 5, seed=index) for index in range(_CALLS)]
         before = [{name: array.copy() for name, array in batch.items()} for batch in batches]
-        alone = [runner.run(batch) for batch in batches]
-        kept = [{name: array.copy() for name, array in answer.items()} for answer in alone]
+        alone, kept = [], []
+        for batch in batches:
+            alone.append(runner.run(batch))
+            # Copied before the next call, which must not be able to change what is compared.
+            kept.append({name: array.copy() for name, array in alone[-1].items()})
+        _same(alone, kept, "an answer must not change when the next one is computed")
         with ThreadPoolExecutor(_CALLERS) as pool:
             together = list(pool.map(runner.run, batches * _CALLERS))
         for index, found in enumerate(together):
             for name, want in kept[index % _CALLS].items():
                 assert np.allclose(found[name], want, atol=1e-6), f"{name} must be the same from several threads"
-        _same(alone, kept, "an answer must not change when the next one is computed")
+        _same(alone, kept, "an answer must not change when others are computed at the same time")
         _same(batches, before, "inputs must be left as they were")
 
 
 def takes_views(runtime: RuntimeBase, folder: Path) -> None:
     """Inputs that are no contiguous arrays, or read-only, are answered like any other."""
     case = CASES["mlp"]
-    runner = runtime.load(seal(folder / "model", export_case(runtime, case, folder / "model")), threads=1)
+    runner = runtime.load(seal(folder / "model", _export(runtime, case, folder / "model")), threads=1)
     whole = named_data(case, rows=8)["input_9"]
     frozen = whole.copy()
     frozen.setflags(write=False)
@@ -151,16 +202,21 @@ def takes_views(runtime: RuntimeBase, folder: Path) -> None:
 
 def writes_the_same_twice(runtime: RuntimeBase, folder: Path) -> None:
     """The same program gives the same bytes, so that the same work has the same digest."""
-    for case in (CASES["residual"], CASES["norm_first"]):
+    plan = [("float", CASES["residual"]), ("float", CASES["norm_first"])]
+    plan += [(precision, CASES["residual"]) for precision in ("int8",) if precision in runtime.precisions]
+    for precision, case in plan:
+        parts = folder / f"{case.name}-{precision}"
+        # Captured each time too: `export_case`, not the program that the other checks share.
         for name in ("first", "second"):
-            export_case(runtime, case, folder / f"{case.name}-{name}")
-        for path in files(folder / f"{case.name}-first"):
-            again = (folder / f"{case.name}-second" / path.name).read_bytes()
-            assert path.read_bytes() == again, f"{case.name}: {path.name} must be the same each time"
+            export_case(runtime, case, parts / name, precision=precision)
+        for path in files(parts / "first"):
+            again = (parts / "second" / path.name).read_bytes()
+            assert path.read_bytes() == again, f"{case.name} in {precision}: {path.name} must be the same each time"
 
 
 def writes_no_source(runtime: RuntimeBase, folder: Path) -> None:
     """Nothing about the code the model was written in: it is private, and other on every machine."""
+    # Captured anew: an earlier export may have cleared what was noted in a shared program.
     export_case(runtime, CASES["residual"], folder / "model")
     for path in files(folder / "model"):
         content = path.read_bytes()
@@ -170,7 +226,7 @@ def writes_no_source(runtime: RuntimeBase, folder: Path) -> None:
 
 def writes_no_pickle(runtime: RuntimeBase, folder: Path) -> None:
     """A file that unpickling could be tried on is no model file."""
-    export_case(runtime, CASES["mlp"], folder / "model")
+    _export(runtime, CASES["mlp"], folder / "model")
     for path in files(folder / "model"):
         start = path.read_bytes()[:4]
         assert start[:1] != b"\x80", f"{path.name} must be no pickle"
@@ -179,12 +235,12 @@ def writes_no_pickle(runtime: RuntimeBase, folder: Path) -> None:
 
 def refuses_altered_files(runtime: RuntimeBase, folder: Path) -> None:
     """A file changed after sealing is caught by its hash, before the engine sees it."""
-    signature = export_case(runtime, CASES["mlp"], folder / "model")
+    signature = _export(runtime, CASES["mlp"], folder / "model")
     seal(folder / "model", signature)
     for path in files(folder / "model"):
         whole = path.read_bytes()
-        for what, content in damaged(whole):
-            path.write_bytes(content)
+        for what, changed in damaged(whole):
+            path.write_bytes(changed)
             problem = _problem(lambda: Artifact.open(folder / "model"))
             assert isinstance(problem, CorruptArtifact), f"{path.name} {what} must be CorruptArtifact, got {problem!r}"
         path.unlink()
@@ -195,9 +251,10 @@ def refuses_altered_files(runtime: RuntimeBase, folder: Path) -> None:
 
 def refuses_foreign_files(runtime: RuntimeBase, folder: Path) -> None:
     """A file that was wrong before it was sealed is the engine's to refuse: ArtifactError, and nothing is executed."""
+    signature = _export(runtime, CASES["mlp"], folder / "model")
     for number, (what, change) in enumerate(_FOREIGN.items()):
         parts = folder / f"model-{number}"
-        signature = export_case(runtime, CASES["mlp"], parts)
+        shutil.copytree(folder / "model", parts)
         witness = parts.parent / f"executed-{number}"
         for path in files(parts):
             whole = path.read_bytes()

@@ -38,7 +38,7 @@ def test_the_folded_graph_answers_as_the_model(layer, bias, affine, generator):
     model = nn.Sequential(first, norm, nn.ReLU()).eval()
     x = torch.randn(3, *shape, generator=generator)
     graph = capture(model, (x,))
-    assert fold_batch_norm(graph) == 1
+    assert len(fold_batch_norm(graph)) == 1
     assert not any("batch_norm" in str(node.target) for node in graph.graph.nodes)
     torch.testing.assert_close(graph(x), model(x), atol=1e-5, rtol=1e-4)
 
@@ -80,7 +80,7 @@ def test_a_convolution_with_another_reader_is_left_alone(generator):
     randomize(model.norm, generator)
     x = torch.randn(2, 3, 4, 4, generator=generator)
     graph = capture(model, (x,))
-    assert fold_batch_norm(graph) == 0
+    assert len(fold_batch_norm(graph)) == 0
     torch.testing.assert_close(graph(x), model(x))
 
 
@@ -90,7 +90,7 @@ def test_a_shared_convolution_is_folded_separately_for_each_use(generator):
     randomize(model.second, generator)
     x = torch.randn(2, 3, 4, 4, generator=generator)
     graph = capture(model, (x,))
-    assert fold_batch_norm(graph) == 2
+    assert len(fold_batch_norm(graph)) == 2
     torch.testing.assert_close(graph(x), model(x), atol=1e-5, rtol=1e-4)
 
 
@@ -99,7 +99,7 @@ def test_a_norm_after_anything_else_stays(first, generator):
     model = nn.Sequential(first, nn.BatchNorm2d(3)).eval()
     x = torch.randn(2, 3, 4, 4, generator=generator)
     graph = capture(model, (x,))
-    assert fold_batch_norm(graph) == 0
+    assert len(fold_batch_norm(graph)) == 0
     torch.testing.assert_close(graph(x), model(x))
 
 
@@ -110,6 +110,31 @@ def test_a_dead_channel_folds_without_nan(generator):
     graph = capture(model, (x,))
     fold_batch_norm(graph)
     assert torch.isfinite(graph(x)).all()
+
+
+def test_a_norm_over_tokens_is_not_taken_for_one_over_channels(generator):
+    """(rows, tokens, channels): torch normalizes dimension 1, the tokens, and here both have the same size."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6)).eval()
+    randomize(model[1], generator)
+    x = torch.randn(3, 6, 4, generator=generator)
+    graph = capture(model, (x,))
+    assert not fold_batch_norm(graph)
+    torch.testing.assert_close(graph(x), model(x))
+
+
+def test_what_was_folded_is_told_with_its_layer(generator):
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, eps=1e-2, affine=False), nn.ReLU()).eval()
+    randomize(model[1], generator)
+    graph = capture(model, (torch.randn(2, 3, 4, 4, generator=generator),))
+    [(node, norm)] = fold_batch_norm(graph).items()
+    assert node in graph.graph.nodes
+    assert norm.epsilon == 1e-2
+    assert torch.equal(norm.weight, model[0].weight)
+    assert torch.equal(norm.bias, model[0].bias)
+    assert torch.equal(norm.mean, model[1].running_mean)
+    assert torch.equal(norm.variance, model[1].running_var)
+    assert torch.equal(norm.gamma, torch.ones(4))
+    assert torch.equal(norm.beta, torch.zeros(4))
 
 
 def test_the_model_keeps_its_weights(generator):

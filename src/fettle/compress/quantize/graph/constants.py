@@ -23,14 +23,28 @@ def constant(graph: torch.fx.GraphModule, node: Any) -> torch.Tensor:
 
 def put_constant(graph: torch.fx.GraphModule, name: str, value: torch.Tensor) -> torch.fx.Node:
     """Store a buffer under a free name and return a node that reads it, at the graph's insertion point."""
-    free, count = name, 0
-    while hasattr(graph, free):
-        count += 1
-        free = f"{name}_{count}"
+    free = _free_name(graph, name)
     graph.register_buffer(free, value.contiguous())
     node = graph.graph.get_attr(free)
     node.meta["val"] = value
     return node
+
+
+def put_parameter(graph: torch.fx.GraphModule, name: str, value: torch.nn.Parameter) -> torch.fx.Node:
+    """Store a parameter under a free name and return a node that reads it, at the graph's insertion point."""
+    free = _free_name(graph, name)
+    graph.register_parameter(free, value)
+    node = graph.graph.get_attr(free)
+    node.meta["val"] = value
+    return node
+
+
+def _free_name(graph: torch.fx.GraphModule, name: str) -> str:
+    free, count = name, 0
+    while hasattr(graph, free):
+        count += 1
+        free = f"{name}_{count}"
+    return free
 
 
 def drop_unused(graph: torch.fx.GraphModule) -> None:

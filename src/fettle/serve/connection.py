@@ -1,0 +1,292 @@
+"""One HTTP/1.1 connection: bytes in, requests to the application, answers out, in order and within limits.
+
+llhttp (by httptools) reads the protocol, strictly; here are the limits, the timeouts and the order. A request that is
+refused before its body is read is answered at once; the rest of the body is then read and thrown away, within bounds,
+so that the client sees the answer and not a reset connection.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from typing import Any, Protocol, cast
+from urllib.parse import unquote
+
+import httptools
+
+from fettle.serve.http import Request, Respond, Response
+from fettle.serve.options import ServeOptions
+from fettle.serve.refusal import Refusal
+
+# Requests that a client may send ahead of their answers before it is no longer read.
+_AHEAD = 8
+# What is still read and thrown away after an early answer.
+_DISCARD_BYTES = 256 * 2**20
+_DISCARD_S = 2.0
+_METHODS_WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
+
+
+class Handler(Protocol):
+    """The application, as a connection sees it."""
+
+    @property
+    def draining(self) -> bool:
+        """Whether every answer should end its connection."""
+
+    def begin(self, request: Request) -> None:
+        """The header of a request is there. Raises Refusal where its body need not be read."""
+
+    def handle(self, request: Request, respond: Respond) -> None:
+        """The request is whole; `respond` is called once, now or later."""
+
+    def refused(self, request: Request, refusal: Refusal) -> None:
+        """The connection itself has answered, before the request was whole."""
+
+
+class Connections:
+    """All that are open. `sweep` ends those that exceed a timeout; call it a few times a second."""
+
+    def __init__(self, options: ServeOptions) -> None:
+        self.options = options
+        self.open: set[Connection] = set()
+
+    def sweep(self) -> None:
+        """Close what has been idle, or incomplete, for too long."""
+        now = time.monotonic()
+        for connection in [one for one in self.open if one.due is not None and now >= one.due]:
+            connection.expire()
+
+    @property
+    def receiving(self) -> int:
+        """Connections whose request is half there, or waits for its turn."""
+        return sum(one.receiving for one in self.open)
+
+    def close_idle(self) -> None:
+        """Close what has no request under way."""
+        for connection in list(self.open):
+            connection.close_if_idle()
+
+
+class Connection(asyncio.Protocol):
+    """Also the parser's callbacks. due: when a timeout strikes, on the monotonic clock."""
+
+    def __init__(self, application: Handler, connections: Connections) -> None:
+        self._application = application
+        self._connections = connections
+        self._options = connections.options
+        self.due: float | None = None
+        self._transport: asyncio.Transport | None = None
+        self._parser: Any = None
+        self._waiting: deque[tuple[Request, bool]] = deque()
+        self._current: Request | None = None
+        self._refused: bytes | None = None
+        self._discarded = 0
+        self._paused = self._blocked = False
+        self._reset()
+
+    def _reset(self) -> None:
+        self._url = b""
+        self._headers: dict[str, str] = {}
+        self._header_bytes = 0
+        self._request: Request | None = None
+        self._body: list[bytes] = []
+        self._body_bytes = 0
+
+    @property
+    def receiving(self) -> bool:
+        """Whether a request is half there, or waits for its turn."""
+        return self._refused is None and (self._request is not None or bool(self._waiting))
+
+    # From the transport
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport = cast(asyncio.Transport, transport)  # uvloop's are none by class
+        self._parser = httptools.HttpRequestParser(self)
+        if len(self._connections.open) >= self._options.max_connections:
+            refusal = Refusal(503, "too many connections are open: try again later", retry_after_s=1)
+            transport.write(Response.refused(refusal).encoded(request_id="-", close=True))
+            transport.close()
+            return
+        self._connections.open.add(self)
+        self._wait(self._options.idle_timeout_s)
+
+    def connection_lost(self, problem: Exception | None) -> None:
+        self._connections.open.discard(self)
+        self._transport = None
+        self._waiting.clear()
+        if self._current is not None and self._current.on_cancel is not None:
+            self._current.on_cancel()
+
+    def data_received(self, data: bytes) -> None:
+        if self._refused is not None:
+            self._discarded += len(data)
+            if self._discarded > _DISCARD_BYTES:
+                self._end()
+            return
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserCallbackError as problem:
+            cause = problem.__context__
+            self._refuse_now(cause if isinstance(cause, Refusal) else Refusal(400, "the request cannot be read"))
+        except httptools.HttpParserUpgrade:
+            self._refuse_now(Refusal(400, "this server does not switch protocols"))
+        except httptools.HttpParserError:
+            self._refuse_now(Refusal(400, "the request is not valid HTTP/1.1"))
+
+    def eof_received(self) -> bool:
+        # A client may close its side once it has sent its last request, and still wants the answer.
+        return self._current is not None or bool(self._waiting)
+
+    def pause_writing(self) -> None:
+        self._blocked = True
+
+    def resume_writing(self) -> None:
+        self._blocked = False
+        self._next()
+
+    # From the parser
+
+    def on_message_begin(self) -> None:
+        self._reset()
+        self._wait(min(self._options.header_timeout_s, self._options.idle_timeout_s))
+
+    def on_url(self, url: bytes) -> None:
+        self._url += url
+        self._count_header(len(url))
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._count_header(len(name) + len(value))
+        key, text = name.decode("latin-1").lower(), value.decode("latin-1")
+        if key in self._headers:
+            # Repeated headers are one list by RFC 9110; of those that must not be one, llhttp refuses the lengths.
+            text = f"{self._headers[key]}, {text}"
+        self._headers[key] = text
+
+    def on_headers_complete(self) -> None:
+        method = self._parser.get_method().decode("latin-1")
+        path, _, _ = self._url.partition(b"?")
+        if not path.startswith(b"/"):
+            raise Refusal(400, "the request's target must be a path")
+        request = self._request = Request(method, unquote(path.decode("latin-1")), self._headers)
+        self._wait(self._options.body_timeout_s)
+        if self._parser.get_http_version() == "1.1" and "host" not in self._headers:
+            raise Refusal(400, "a request needs a Host header")
+        self._check_length(request)
+        self._application.begin(request)
+        if request.header("expect").lower() == "100-continue" and self._current is None:
+            self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def on_body(self, body: bytes) -> None:
+        self._body_bytes += len(body)
+        if self._body_bytes > self._options.max_body_bytes:
+            raise self._too_large()
+        self._body.append(body)
+
+    def on_message_complete(self) -> None:
+        request = self._request
+        assert request is not None
+        self._request = None
+        request.body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
+        self._waiting.append((request, self._parser.should_keep_alive()))
+        self._body = []
+        if len(self._waiting) >= _AHEAD and self._transport is not None and not self._paused:
+            self._paused = True
+            self._transport.pause_reading()
+        self._next()
+
+    def _count_header(self, count: int) -> None:
+        self._header_bytes += count
+        if self._header_bytes > self._options.max_header_bytes or len(self._headers) > self._options.max_headers:
+            raise Refusal(431, f"a request's header may have at most {self._options.max_header_bytes} bytes")
+
+    def _check_length(self, request: Request) -> None:
+        length = request.header("content-length")
+        if length and int(length) > self._options.max_body_bytes:
+            raise self._too_large()
+        if request.method in _METHODS_WITH_BODY and not length and "transfer-encoding" not in request.headers:
+            raise Refusal(411, "a POST request needs a body with Content-Length")
+
+    def _too_large(self) -> Refusal:
+        return Refusal(413, f"a body may have at most {self._options.max_body_bytes} bytes")
+
+    # Answers, in order
+
+    def _next(self) -> None:
+        """Hand the next whole request to the application, unless one is under way or the client does not read."""
+        while self._current is None and self._waiting and not self._blocked and self._transport is not None:
+            request, keep = self._waiting.popleft()
+            self._current = request
+            self.due = None
+            if self._paused and len(self._waiting) < _AHEAD:
+                self._paused = False
+                self._transport.resume_reading()
+            answered = False
+
+            def respond(response: Response, request: Request = request, keep: bool = keep) -> None:
+                nonlocal answered
+                assert not answered, "a request is answered once"
+                answered = True
+                self._answer(request, response, keep=keep)
+
+            self._application.handle(request, respond)
+
+    def _answer(self, request: Request, response: Response, *, keep: bool) -> None:
+        self._current = None
+        if self._transport is None:
+            return
+        more = bool(self._waiting) or self._refused is not None
+        close = not keep or (self._application.draining and not more)
+        self._write(response.encoded(request_id=request.id, close=close, head=request.method == "HEAD"))
+        if close:
+            self._end()
+        elif self._waiting:
+            asyncio.get_running_loop().call_soon(self._next)
+        elif self._refused is not None:
+            self._answer_refused()
+        else:
+            self._wait(self._options.idle_timeout_s)
+
+    def _refuse_now(self, refusal: Refusal) -> None:
+        """Answer before the request is whole, after the answers to those before it; then read no more of it."""
+        request = self._request or Request("", "", self._headers)
+        self._application.refused(request, refusal)
+        self._refused = Response.refused(refusal).encoded(request_id=request.id, close=True)
+        if self._current is None and not self._waiting:
+            self._answer_refused()
+
+    def _answer_refused(self) -> None:
+        assert self._refused is not None
+        self._write(self._refused)
+        self._wait(_DISCARD_S)
+        if self._transport is not None and self._transport.can_write_eof():
+            self._transport.write_eof()
+
+    def _write(self, data: bytes) -> None:
+        if self._transport is not None:
+            self._transport.write(data)
+
+    # Ends
+
+    def _wait(self, seconds: float) -> None:
+        self.due = time.monotonic() + seconds
+
+    def expire(self) -> None:
+        """A timeout has struck: 408 where a body is half there, else just the end."""
+        self.due = None
+        if self._current is not None:  # the next request is late, but this one still deserves its answer
+            return
+        if self._request is not None and self._refused is None:
+            refusal = Refusal(408, f"the body must arrive within {self._options.body_timeout_s:g} s")
+            self._application.refused(self._request, refusal)
+            self._write(Response.refused(refusal).encoded(request_id=self._request.id, close=True))
+        self._end()
+
+    def close_if_idle(self) -> None:
+        """Close unless a request is under way or half there."""
+        if self._current is None and not self._waiting and self._request is None:
+            self._end()
+
+    def _end(self) -> None:
+        if self._transport is not None:
+            self._transport.close()

@@ -1,0 +1,308 @@
+"""The worker processes: started, watched, given batches, replaced when they die, given up when they keep dying.
+
+A *lane* is one place for a worker and its connection. It holds at most one batch, so a batch that waits can still grow
+and go to whichever lane is free first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from fettle.core.errors import ArtifactError
+from fettle.serve import wire
+from fettle.serve.fit import BatchTimes
+from fettle.serve.metrics import Metrics
+from fettle.serve.model import Served
+from fettle.serve.options import ServeOptions
+
+_log = logging.getLogger("fettle.serve")
+# How a worker is started; the descriptor of its socket is put behind it.
+COMMAND = [sys.executable, "-m", "fettle.serve.worker"]
+_BUFFER_BYTES = 2**20
+# More deaths than this within the window, and the lane is given up: whatever kills it will do so again.
+_DEATHS = 5
+_DEATHS_WITHIN_S = 60.0
+_FIRST_WAIT_S = 0.05
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Mounted:
+    """A version in the workers. key: its name on the wire; root: the artifact's folder; times: of its batches."""
+
+    key: int
+    served: Served
+    root: str
+    times: BatchTimes
+
+
+class Lane(asyncio.Protocol):
+    """One worker at a time. `batch` is what it works on, for whoever gave it."""
+
+    def __init__(self, number: int, lanes: Lanes) -> None:
+        self.number = number
+        self.batch: Any = None
+        self.busy_since = 0.0
+        self.problem: str | None = None
+        self.keys: set[int] = set()
+        self.process: subprocess.Popen[bytes] | None = None
+        self._lanes = lanes
+        self._deaths: deque[float] = deque(maxlen=_DEATHS)
+        self._transport: asyncio.Transport | None = None
+        self._frames = wire.Frames()
+        self._loading: dict[int, asyncio.Future[wire.Loaded]] = {}
+        self._keeper: asyncio.Task[None] | None = None
+        self._lost = asyncio.Event()
+
+    @property
+    def alive(self) -> bool:
+        """Whether a worker listens."""
+        return self._transport is not None
+
+    def start(self) -> None:
+        """Keep a worker here from now on."""
+        self._keeper = asyncio.get_running_loop().create_task(self._keep())
+
+    async def load(self, mounted: Mounted) -> None:
+        """Load a version into this lane's worker. Raises ArtifactError with the reason where it is not fit."""
+        if self._transport is None:
+            raise ArtifactError(f"worker {self.number} is not running")
+        under_way = self._loading.get(mounted.key)
+        if under_way is not None:  # a worker that came up during a mount is told of the version by both
+            await asyncio.shield(under_way)
+            return
+        options, served = self._lanes.options, mounted.served
+        future = asyncio.get_running_loop().create_future()
+        self._loading[mounted.key] = future
+        order = wire.Load(
+            mounted.key, served.name, served.version, mounted.root, options.threads, options.max_batch_rows
+        )
+        self._transport.write(wire.frame(order))
+        try:
+            loaded = await future
+        finally:
+            self._loading.pop(mounted.key, None)
+        for rows, seconds in zip(loaded.rows, loaded.seconds, strict=True):
+            mounted.times.observe(rows, seconds)
+        self.keys.add(mounted.key)
+        self._lanes.on_idle(self)
+
+    def unload(self, key: int) -> None:
+        """Let the worker forget a version."""
+        self.keys.discard(key)
+        if self._transport is not None:
+            self._transport.write(wire.frame(wire.Unload(key)))
+
+    def send(self, work: wire.Work, payloads: Sequence[bytes | memoryview], batch: Any) -> None:
+        """Give the worker a batch; `batch` comes back with its outcome."""
+        assert self._transport is not None
+        assert self.batch is None
+        self.batch, self.busy_since = batch, time.monotonic()
+        self._transport.writelines([wire.frame(work, sum(len(payload) for payload in payloads)), *payloads])
+
+    def kill(self) -> None:
+        """End the worker that is stuck; another takes its place."""
+        if self.process is not None:
+            self.process.kill()
+
+    async def close(self, timeout_s: float) -> None:
+        """Hang up, and wait for the worker to end; kill it after the timeout."""
+        if self._keeper is not None:
+            self._keeper.cancel()
+        if self._transport is not None:
+            self._transport.close()
+        if self.process is not None:
+            await asyncio.to_thread(_end, self.process, timeout_s)
+
+    # Of the worker's life
+
+    async def _keep(self) -> None:
+        wait_s = _FIRST_WAIT_S
+        while not self.problem:
+            started = time.monotonic()
+            try:
+                await self._run_worker()
+            except OSError as problem:
+                _log.error("worker %d cannot be started: %s", self.number, problem)
+            self._deaths.append(time.monotonic())
+            lived = time.monotonic() - started
+            if len(self._deaths) == _DEATHS and self._deaths[-1] - self._deaths[0] < _DEATHS_WITHIN_S:
+                self.problem = f"worker {self.number} died {_DEATHS} times within {_DEATHS_WITHIN_S:g} s: given up"
+                _log.error("%s", self.problem)
+                self._lanes.on_given_up(self)
+                return
+            wait_s = _FIRST_WAIT_S if lived > _DEATHS_WITHIN_S else min(wait_s * 2, 2.0)
+            await asyncio.sleep(wait_s)
+
+    async def _run_worker(self) -> None:
+        """Start a worker, bring it what the others have, and wait for its end."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            for end in (ours, theirs):
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
+            ours.setblocking(False)
+            environment = {**os.environ, "OMP_NUM_THREADS": str(self._lanes.options.threads)}
+            command = [*COMMAND, str(theirs.fileno())]
+            try:
+                self.process = subprocess.Popen(
+                    command, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL
+                )
+            except OSError:
+                ours.close()
+                raise
+        self._lost.clear()
+        await asyncio.get_running_loop().create_connection(lambda: self, sock=ours)
+        for mounted in list(self._lanes.mounted.values()):
+            try:
+                await self.load(mounted)
+            except ArtifactError as problem:
+                _log.error("worker %d cannot load what the others have: %s", self.number, problem)
+                break
+        await self._lost.wait()
+        code = await asyncio.to_thread(_end, self.process, 5.0)
+        _log.error("worker %d ended with %d and is replaced", self.number, code)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's are none by class
+        self._frames = wire.Frames()
+        self._lanes.on_start(self)
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            for header, body in self._frames.feed(data):
+                self._told(wire.report_of(header), body)
+        except Exception:
+            _log.exception("worker %d said what makes no sense: it is ended", self.number)
+            self.kill()
+
+    def _told(self, report: wire.Report, body: memoryview) -> None:
+        if isinstance(report, wire.Done):
+            self._lanes.on_done(self, self.batch, report, body)
+            self.batch = None  # only now: where the report makes no sense, the batch is that of a worker that is lost
+            return
+        future = self._loading.get(report.key)
+        if future is None or future.done():
+            return
+        if isinstance(report, wire.Loaded):
+            future.set_result(report)
+        else:
+            _log.error("worker %d refused a version: %s", self.number, report.detail)
+            future.set_exception(ArtifactError(report.reason))
+
+    def connection_lost(self, problem: Exception | None) -> None:
+        self._transport = None
+        self.keys.clear()
+        for future in self._loading.values():
+            if not future.done():
+                future.set_exception(ArtifactError("a worker process died while it loaded this version"))
+        batch, self.batch = self.batch, None
+        self._lost.set()
+        self._lanes.on_end()
+        self._lanes.on_lost(self, batch)
+
+
+class Lanes:
+    """All lanes of a server, and what is mounted in them.
+
+    on_done(lane, batch, report, body), on_lost(lane, batch or None), on_idle(lane): told to whoever gives the batches.
+    """
+
+    def __init__(self, options: ServeOptions, metrics: Metrics) -> None:
+        self.options = options
+        self._metrics = metrics
+        self.mounted: dict[int, Mounted] = {}
+        self.on_done: Callable[[Lane, Any, wire.Done, memoryview], None] = lambda *_: None
+        self.on_lost: Callable[[Lane, Any], None] = lambda *_: None
+        self.on_idle: Callable[[Lane], None] = lambda _: None
+        self.all = [Lane(number, self) for number in range(options.workers)]
+        self._keys = 0
+        self._alive = asyncio.Event()
+
+    def start(self) -> None:
+        """Start every worker."""
+        for lane in self.all:
+            lane.start()
+
+    def on_start(self, lane: Lane) -> None:
+        """A worker listens."""
+        self._alive.set()
+
+    def on_given_up(self, lane: Lane) -> None:
+        """A lane will have no worker again."""
+        self._alive.set()  # whoever waits for a first worker should learn that there may be none
+        self.on_lost(lane, None)
+
+    def on_end(self) -> None:
+        """A worker has died."""
+        self._metrics.worker_deaths.inc()
+
+    @property
+    def problem(self) -> str | None:
+        """Why no worker is left, or None."""
+        problems = [lane.problem for lane in self.all if lane.problem]
+        return problems[0] if len(problems) == len(self.all) else None
+
+    @property
+    def living(self) -> int:
+        """Lanes that answer, or soon will."""
+        return sum(lane.problem is None for lane in self.all)
+
+    async def mount(self, served: Served, root: str) -> Mounted:
+        """Load a version into every worker; where one finds it unfit, into none. Raises ArtifactError.
+
+        Where nothing answers yet all load at once, else one after the other, to leave the cores to the requests.
+        """
+        if self.problem:
+            raise ArtifactError(self.problem)
+        self._keys += 1
+        mounted = Mounted(self._keys, served, root, BatchTimes())
+        await self._alive.wait()
+        if self.problem:
+            raise ArtifactError(self.problem)
+        lanes = [lane for lane in self.all if lane.alive]
+        try:
+            if self.mounted:
+                for lane in lanes:
+                    await lane.load(mounted)
+            else:
+                await asyncio.gather(*(lane.load(mounted) for lane in lanes))
+        except ArtifactError:
+            self._drop(mounted)
+            raise
+        self.mounted[mounted.key] = mounted
+        for lane in self.all:  # one that came up meanwhile found nothing to load
+            if lane.alive and mounted.key not in lane.keys:
+                await lane.load(mounted)
+        return mounted
+
+    def unmount(self, mounted: Mounted) -> None:
+        """Let every worker forget a version."""
+        self.mounted.pop(mounted.key, None)
+        self._drop(mounted)
+
+    def _drop(self, mounted: Mounted) -> None:
+        for lane in self.all:
+            if mounted.key in lane.keys:
+                lane.unload(mounted.key)
+
+    async def close(self, timeout_s: float) -> None:
+        """End every worker."""
+        await asyncio.gather(*(lane.close(timeout_s) for lane in self.all))
+
+
+def _end(process: subprocess.Popen[bytes], timeout_s: float) -> int:
+    """Wait for the process to end, and kill it after the timeout; its exit code."""
+    try:
+        return process.wait(timeout_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()
