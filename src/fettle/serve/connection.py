@@ -40,6 +40,9 @@ class Handler(Protocol):
     def handle(self, request: Request, respond: Respond) -> None:
         """The request is whole; `respond` is called once, now or later."""
 
+    def cancelled(self, request: Request) -> None:
+        """The client of a request that is handled has gone."""
+
     def refused(self, request: Request, refusal: Refusal) -> None:
         """The connection itself has answered, before the request was whole."""
 
@@ -115,8 +118,8 @@ class Connection(asyncio.Protocol):
         self._connections.open.discard(self)
         self._transport = None
         self._waiting.clear()
-        if self._current is not None and self._current.on_cancel is not None:
-            self._current.on_cancel()
+        if self._current is not None:
+            self._application.cancelled(self._current)
 
     def data_received(self, data: bytes) -> None:
         if self._refused is not None:

@@ -5,20 +5,18 @@ from __future__ import annotations
 import time
 from typing import Any, Literal
 
-from fettle.serve.lanes import Lanes, Mounted
-from fettle.serve.refusal import Refusal
-from fettle.serve.switch import Switch
+from fettle.serve.lanes import Lanes
+from fettle.serve.models import Models
 
 State = Literal["starting", "ready", "failed", "draining"]
 
 
 class Health:
-    """Reads the switch, and remembers whether the server drains. Never waits on anything."""
+    """Reads the switches, and remembers whether the server drains. Never waits on anything."""
 
-    def __init__(self, switch: Switch, lanes: Lanes, name: str) -> None:
-        self.name = name
+    def __init__(self, models: Models, lanes: Lanes) -> None:
         self.draining = False
-        self._switch = switch
+        self._models = models
         self._lanes = lanes
         self._started = time.monotonic()
 
@@ -29,33 +27,29 @@ class Health:
             return "draining"
         if self._lanes.problem is not None:
             return "failed"
-        if self._switch.active is not None:
+        waiting = [one.switch for one in self._models if one.switch.active is None]
+        if not waiting:
             return "ready"
-        return "failed" if self._switch.attempted else "starting"
+        return "failed" if any(switch.attempted for switch in waiting) else "starting"
 
     @property
     def ready(self) -> bool:
         """True where a load balancer should send traffic."""
         return self.state == "ready"
 
-    def model(self) -> Mounted:
-        """The version that answers now; while draining too. Raises Refusal 503 where there is none."""
-        if self._switch.active is None:
-            raise Refusal(503, f"no version of {self.name} is ready: see /health", retry_after_s=1)
-        return self._switch.active
-
     def summary(self) -> dict[str, Any]:
         """The body of `/health`."""
-        model = self._switch.active.served if self._switch.active else None
+        first = self._models.first
+        model = first.switch.active.served if first.switch.active else None
         return {
             "status": self.state,
             "ready": self.ready,
-            "model": self.name,
+            "model": first.name,
             "version": model.version if model else None,
             "digest": model.digest if model else None,
             "runtime": model.runtime if model else None,
             "precision": model.precision if model else None,
-            "problem": self._lanes.problem or self._switch.problem,
+            "problem": self._lanes.problem or first.switch.problem,
             "workers": sum(lane.alive for lane in self._lanes.all),
             "uptime_s": round(time.monotonic() - self._started, 3),
         }

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
@@ -61,14 +61,21 @@ class Response:
 Respond = Callable[[Response], None]
 
 
+class Abandoned(Protocol):
+    """Work for a request that somebody else does."""
+
+    def abandon(self) -> None:
+        """Nobody waits for it any more."""
+
+
 class Request:
     """What the handlers see of a request. `headers` have lower-case names.
 
-    id: the client's X-Request-Id where that is well formed. on_cancel: called where the client goes away before the
-    answer.
+    id: the client's X-Request-Id where that is well formed. jobs: what is given up where the client goes away before
+    the answer; cancelled: whether it has.
     """
 
-    __slots__ = ("_id", "body", "headers", "method", "on_cancel", "path", "started")
+    __slots__ = ("_id", "body", "cancelled", "headers", "jobs", "method", "path", "started")
 
     def __init__(self, method: str, path: str, headers: dict[str, str]) -> None:
         self.started = time.perf_counter()
@@ -76,7 +83,8 @@ class Request:
         self.path = path
         self.headers = headers
         self.body: bytes = b""
-        self.on_cancel: Callable[[], None] | None = None
+        self.jobs: Sequence[Abandoned] = ()
+        self.cancelled = False
         self._id: str | None = None
 
     @property

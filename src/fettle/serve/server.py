@@ -20,12 +20,15 @@ from fettle.serve.app import Application
 from fettle.serve.connection import Connection, Connections
 from fettle.serve.dispatch import Dispatcher
 from fettle.serve.health import Health
+from fettle.serve.inference import Inference
 from fettle.serve.lanes import Lanes, Mounted
 from fettle.serve.listener import Listener, address_of, bind
 from fettle.serve.metrics import Metrics
 from fettle.serve.model import Served
+from fettle.serve.models import Deployment, Models
 from fettle.serve.observations import ObservationLog
 from fettle.serve.options import ServeOptions
+from fettle.serve.routes import Routes
 from fettle.serve.source import ModelSource
 from fettle.serve.switch import Switch
 
@@ -102,13 +105,19 @@ class Service:
         metrics = Metrics()
         self._lanes = Lanes(options, metrics)
         self._switch = Switch(source, options=options, metrics=metrics, mount=self._mount, on_change=self._changed)
-        self._health = Health(self._switch, self._lanes, source.name)
+        models = Models([Deployment(source.name, self._switch)])
+        self._health = Health(models, self._lanes)
         folder = options.observations
         self._log = None if folder is None else ObservationLog(folder, options=options, metrics=metrics)
         self._dispatcher = Dispatcher(self._lanes, options=options, metrics=metrics, observe=folder is not None)
-        self._application = Application(
-            options=options, health=self._health, dispatcher=self._dispatcher, metrics=metrics, log=self._log
+        routes = Routes(
+            models=models,
+            health=self._health,
+            dispatcher=self._dispatcher,
+            metrics=metrics,
+            inference=Inference(options=options, dispatcher=self._dispatcher, log=self._log),
         )
+        self._application = Application(options=options, health=self._health, metrics=metrics, routes=routes)
         metrics.watch(
             queued_rows=lambda: self._dispatcher.queued_rows,
             in_flight=lambda: self._application.in_flight,
