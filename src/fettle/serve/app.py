@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from functools import partial
 
 from fettle.serve.health import Health
 from fettle.serve.http import Request, Respond, Response
@@ -35,27 +36,28 @@ class Application:
 
     def begin(self, request: Request) -> None:
         """Refuse what no body could mend."""
-        self._routes.find(request.path).handler(request.method)
+        route = self._routes.find(request.path)
+        request.route = route
+        route.handler(request.method)
 
     def handle(self, request: Request, respond: Respond) -> None:
         """Answer one request, whatever happens."""
         self.begun += 1
         self.in_flight += 1
-        template = "unknown"
-
-        def answer(response: Response) -> None:
-            self.in_flight -= 1
-            self._account(request, template, response)
-            respond(response)
-
+        answer = partial(self._answer, request, respond)
         try:
-            route = self._routes.find(request.path)
-            template = route.template
-            route.handler(request.method)(request, answer)
+            assert request.route is not None, "a request is begun before it is handled"
+            request.route.handler(request.method)(request, answer)
         except Refusal as refusal:
             answer(Response.refused(refusal))
         except Exception:
             answer(failed(request))
+
+    def _answer(self, request: Request, respond: Respond, response: Response) -> None:
+        self.in_flight -= 1
+        request.jobs = ()  # they hold the request: a circle that only the garbage collector would find
+        self._account(request, response)
+        respond(response)
 
     def cancelled(self, request: Request) -> None:
         """The client has gone before its answer: nobody waits for it."""
@@ -67,10 +69,11 @@ class Application:
     def refused(self, request: Request, refusal: Refusal) -> None:
         """Account for what a connection refused by itself."""
         self.begun += 1
-        self._account(request, "unknown", Response.refused(refusal))
+        self._account(request, Response.refused(refusal))
 
-    def _account(self, request: Request, template: str, response: Response) -> None:
+    def _account(self, request: Request, response: Response) -> None:
         elapsed_s = request.elapsed_s()
+        template = "unknown" if request.route is None else request.route.template
         self._metrics.answered(template, response.status, elapsed_s)
         if self._options.access_log:
             line = {

@@ -26,6 +26,7 @@ class BatchTimes:
         self._count = self._rows = self._seconds = self._squares = self._products = 0.0
         self.per_row_s = self.fixed_s = 0.0
         self._all_of = 0.0  # rows, where the batches of late had all the same
+        self._largest: dict[tuple[int, float | None], int] = {}
         for rows, seconds in measured:
             self.observe(rows, seconds)
 
@@ -36,6 +37,7 @@ class BatchTimes:
         self._seconds = self._seconds * _MEMORY + seconds
         self._squares = self._squares * _MEMORY + rows * rows
         self._products = self._products * _MEMORY + rows * seconds
+        self._largest.clear()
         self._solve()
 
     def _solve(self) -> None:
@@ -55,6 +57,12 @@ class BatchTimes:
 
     def largest(self, limit: int, *, promise_s: float | None = None) -> int:
         """The largest batch that is worth its latency and ends within the promise; at least 1, at most `limit`."""
+        found = self._largest.get((limit, promise_s))
+        if found is None:
+            found = self._largest[limit, promise_s] = self._find_largest(limit, promise_s)
+        return found
+
+    def _find_largest(self, limit: int, promise_s: float | None) -> int:
         if self.per_row_s <= 0.0:
             return limit
         worth = self.fixed_s * (1.0 - _FIXED_SHARE) / (_FIXED_SHARE * self.per_row_s)

@@ -213,6 +213,7 @@ class Lane(asyncio.Protocol):
 class Lanes:
     """All lanes of a server, and what is mounted in them.
 
+    living: lanes that answer, or soon will; problem: why none is left, or None.
     on_done(lane, batch, report, body), on_lost(lane, batch or None), on_idle(lane): told to whoever gives the batches.
     """
 
@@ -224,6 +225,8 @@ class Lanes:
         self.on_lost: Callable[[Lane, Any], None] = lambda *_: None
         self.on_idle: Callable[[Lane], None] = lambda _: None
         self.all = [Lane(number, self) for number in range(options.workers)]
+        self.living = len(self.all)
+        self.problem: str | None = None
         self._keys = 0
         self._alive = asyncio.Event()
 
@@ -238,23 +241,15 @@ class Lanes:
 
     def on_given_up(self, lane: Lane) -> None:
         """A lane will have no worker again."""
+        self.living -= 1
+        if not self.living:
+            self.problem = lane.problem
         self._alive.set()  # whoever waits for a first worker should learn that there may be none
         self.on_lost(lane, None)
 
     def on_end(self) -> None:
         """A worker has died."""
         self._metrics.worker_deaths.inc()
-
-    @property
-    def problem(self) -> str | None:
-        """Why no worker is left, or None."""
-        problems = [lane.problem for lane in self.all if lane.problem]
-        return problems[0] if len(problems) == len(self.all) else None
-
-    @property
-    def living(self) -> int:
-        """Lanes that answer, or soon will."""
-        return sum(lane.problem is None for lane in self.all)
 
     async def mount(self, served: Served, root: str) -> Mounted:
         """Load a version into every worker; where one finds it unfit, into none. Raises ArtifactError.

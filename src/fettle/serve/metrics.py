@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+
+from fettle.serve.tallies import Count, Counts, Spread, Spreads
 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _VERSION = ("model", "version")
@@ -19,27 +21,25 @@ class Metrics:
 
     def __init__(self) -> None:
         registry = self.registry = CollectorRegistry()
-        self._by_route: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
-        self.requests = Counter(
+        self._by_route: dict[tuple[str, int], tuple[Count, Spread]] = {}
+        self.requests = Counts(
             "fettle_requests", "Requests answered, by route and status.", ("route", "code"), registry=registry
         )
-        self.request_seconds = Histogram(
+        self.request_seconds = Spreads(
             "fettle_request_seconds", "From a request's header to its answer.", ("route",),
             buckets=_SECONDS, registry=registry,
         )  # fmt: skip
-        self.queue_seconds = Histogram(
+        self.queue_seconds = Spreads(
             "fettle_queue_seconds", "Time that a job waited for a worker.", _VERSION,
             buckets=_SECONDS, registry=registry,
         )  # fmt: skip
-        self.inference_seconds = Histogram(
+        self.inference_seconds = Spreads(
             "fettle_inference_seconds", "Time of one batch in the engine.", _VERSION,
             buckets=_SECONDS, registry=registry,
         )  # fmt: skip
-        self.batch_rows = Histogram(
-            "fettle_batch_rows", "Rows in one batch.", _VERSION, buckets=_ROWS, registry=registry
-        )
+        self.batch_rows = Spreads("fettle_batch_rows", "Rows in one batch.", _VERSION, buckets=_ROWS, registry=registry)
         self.in_flight = Gauge("fettle_requests_in_flight", "Requests being answered.", registry=registry)
-        self.shed = Counter(
+        self.shed = Counts(
             "fettle_requests_shed", "Requests refused with 429: no answer in time.", _VERSION, registry=registry
         )
         self.worker_deaths = Counter("fettle_worker_deaths", "Worker processes that ended.", registry=registry)

@@ -18,7 +18,10 @@ from fettle.serve.protocol import decode
 from fettle.serve.refusal import Refusal, quote
 
 
-@dataclass(frozen=True, slots=True)
+_JSON = "application/json"
+
+
+@dataclass(slots=True)
 class ImageIn:
     """One image as it came. encoded: as base64 text, which a worker decodes."""
 
@@ -61,8 +64,8 @@ class _Body(msgspec.Struct, forbid_unknown_fields=True):
 
 def images_in(body: bytes, content_type: str) -> tuple[list[ImageIn], bool]:
     """The images of a request body, and whether the answer is a list. Raises Refusal 400, 413 or 415."""
-    kind = content_type.partition(";")[0].strip().lower()
-    if kind == "application/json":
+    kind = content_type if content_type == _JSON else content_type.partition(";")[0].strip().lower()
+    if kind == _JSON:
         request: _Body = decode(body, _Body)
         if (request.image is None) == (request.images is None):
             raise Refusal(400, 'the body must be {"image": base64 text} or {"images": [base64 text, ...]}')

@@ -105,12 +105,17 @@ def call_of(request: RequestJson, read: Callable[[InputJson], Array], signature:
     return InferCall(inputs=arrays, outputs=names, rows=rows, id=request.id, binary=_binary(request, names))
 
 
+@functools.cache
+def _decoder_of(kind: Any) -> msgspec.json.Decoder[Any]:
+    return msgspec.json.Decoder(kind)
+
+
 def decode(body: bytes | memoryview, kind: Any) -> Any:
     """The JSON text as that type. Raises Refusal 400, for deep nesting too."""
     if not body:
         raise Refusal(400, "the body must be JSON, got an empty one")
     try:
-        return msgspec.json.decode(body, type=kind)
+        return _decoder_of(kind).decode(body)
     except RecursionError:
         raise Refusal(400, "the body must be JSON of moderate depth, got one nested too deeply") from None
     except (msgspec.ValidationError, msgspec.DecodeError, UnicodeDecodeError) as problem:

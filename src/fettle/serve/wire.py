@@ -148,7 +148,7 @@ class Frames:
         self._held = bytearray()
         self._wanted = _LENGTHS.size
 
-    def feed(self, data: bytes) -> Iterator[tuple[memoryview, memoryview]]:
+    def feed(self, data: bytes | memoryview) -> Iterator[tuple[memoryview, memoryview]]:
         """The header and body of each frame that is whole now."""
         self._held += data
         while len(self._held) >= self._wanted:
