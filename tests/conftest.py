@@ -14,6 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
+
+# An example that is slow on a busy machine is no fault.
+settings.register_profile("fettle", deadline=None)
+settings.load_profile("fettle")
 
 TOML = """
 name = "tiny"
