@@ -7,6 +7,7 @@ loaded beside it on a thread of its own, so that loading delays answers and does
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import socket
 import sys
@@ -22,6 +23,8 @@ from fettle.serve.refusal import Refusal, reason_of
 
 _log = logging.getLogger("fettle.serve")
 _READ_BYTES = 2**20
+# Behind the server itself, which must be able to say no at once when every core computes.
+_NICENESS = 5
 
 
 class Worker:
@@ -90,6 +93,7 @@ class Worker:
 
 def main(descriptor: int) -> None:
     """Work on the socket with this descriptor. Signals are the server's business: it ends its workers itself."""
+    os.nice(_NICENESS)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     try:
