@@ -17,7 +17,6 @@ from fettle.serve.multipart import boundary_of, files_in
 from fettle.serve.protocol import decode
 from fettle.serve.refusal import Refusal, quote
 
-
 _JSON = "application/json"
 
 
