@@ -49,4 +49,4 @@ def _difference(first: Array, second: Array) -> float:
     equal = (ours == theirs) | (np.isnan(ours) & np.isnan(theirs))  # infinity is as far from itself as NaN
     with np.errstate(invalid="ignore"):
         apart = np.where(equal, 0.0, np.abs(ours - theirs))
-    return float(np.nan_to_num(apart, nan=math.inf).max())
+    return float(np.nan_to_num(apart, nan=math.inf, posinf=math.inf).max())

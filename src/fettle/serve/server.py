@@ -143,11 +143,11 @@ class Service:
             shadow=self._shadow,
             on_change=self._changed,
         )
-        self._models = Models(traffics, build=deployer.build, retire=deployer.retire, catalogue=catalogue)
-        self._health = Health(self._models, self._lanes, shadow=self._shadow)
+        self.models = Models(traffics, build=deployer.build, retire=deployer.retire, catalogue=catalogue)
+        self._health = Health(self.models, self._lanes, shadow=self._shadow)
         inference = Inference(options=options, dispatcher=self._dispatcher, log=self._log, shadow=self._shadow)
         routes = Routes(
-            models=self._models,
+            models=self.models,
             health=self._health,
             dispatcher=self._dispatcher,
             metrics=metrics,
@@ -158,7 +158,7 @@ class Service:
             queued_rows=lambda: self._dispatcher.queued_rows,
             in_flight=lambda: self._application.in_flight,
             ready=lambda: self._health.ready,
-            versions=self._models.versions,
+            versions=self.models.versions,
         )
         self._connections = Connections(options)
         self._listener = Listener(lambda: Connection(self._application, self._connections), bound)
@@ -171,7 +171,7 @@ class Service:
         self._dispatcher.start()
         if self._shadow is not None:
             self._shadow.start()
-        self._models.start()
+        self.models.start()
         self._sweeper = self._loop.create_task(self._sweep())
 
     async def drain(self) -> bool:
@@ -184,7 +184,7 @@ class Service:
         await self._settle()
         self._listener.stop()
         clean = await self._until_quiet(options.drain_timeout_s)
-        self._models.close()
+        self.models.close()
         self._dispatcher.close()
         if self._shadow is not None:
             await self._shadow.close()

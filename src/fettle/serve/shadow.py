@@ -57,14 +57,14 @@ class Shadow:
         try:
             self._copy(jobs, model)
         except Exception:
-            self._count(model, "dropped")
+            self._count(model, "dropped", len(jobs))
             _log.exception("a request could not be copied for its shadow")
 
     def _copy(self, jobs: Sequence[Job], model: Mounted) -> None:
         rows, size = sum(job.rows for job in jobs), sum(len(job.payload) for job in jobs)
         full = self.dispatcher.queued_rows + rows > self._options.max_queue_rows or self._bytes + size > _MAX_BYTES
         if full or self.lanes.problem is not None:
-            self._count(model, "dropped")
+            self._count(model, "dropped", len(jobs))
             return
         deadline = time.monotonic() + self._options.request_timeout_s
         pairs = [_Pair(partial(self._compare, model)) for _ in jobs]
@@ -85,7 +85,7 @@ class Shadow:
             self.dispatcher.submit(copies)
         except Refusal:  # it was retired, or the server ends
             self._bytes -= size
-            self._count(model, "dropped")
+            self._count(model, "dropped", len(jobs))
             return
         for job, pair in zip(jobs, pairs, strict=True):
             job.done = partial(_primary_answered, job.done, pair)
@@ -115,8 +115,8 @@ class Shadow:
         if difference is not None:
             self._metrics.difference.labels(*labels).observe(difference)
 
-    def _count(self, model: Mounted, result: str) -> None:
-        self._metrics.requests.labels(model.served.name, str(model.served.version), result).inc()
+    def _count(self, model: Mounted, result: str, count: int = 1) -> None:
+        self._metrics.requests.labels(model.served.name, str(model.served.version), result).inc(count)
 
 
 class _Pair:
