@@ -179,7 +179,11 @@ class Books:
 async def test_unload_and_load_of_what_was_declared(stage, folders):
     async with stage.models(split(folders)) as models:
         await until(lambda: len(models.first.active) == 2)
+        late = models.first  # of a request whose header came before, and its body after
         await models.unload("tiny")
+        with pytest.raises(Refusal, match="tiny is not loaded any more") as refused:
+            late.choose()
+        assert refused.value.status == 404
         for ask in (lambda: models.first, lambda: models.find("tiny")):
             with pytest.raises(Refusal, match="this server has none loaded") as refused:
                 ask()

@@ -30,7 +30,7 @@ class LiveVariant:
 
 
 class Deployment:
-    """One model: its variants, and its shadow where it has one."""
+    """One model: its variants, and its shadow where it has one. unloaded: a request that found it came too late."""
 
     def __init__(
         self, traffic: Traffic, switches: Iterable[Switch], *, metrics: Metrics, shadow: Switch | None = None
@@ -38,6 +38,7 @@ class Deployment:
         self.name = traffic.name
         self.sticky = traffic.sticky
         self.shadow = shadow
+        self.unloaded = False
         self.variants = tuple(
             LiveVariant(traffic.name, variant, switch)
             for variant, switch in zip(traffic.variants, switches, strict=True)
@@ -91,7 +92,8 @@ class Deployment:
         Raises Refusal 503 where none is ready, 404 where a version is asked for that does not answer.
         """
         if version or len(self.variants) == 1:
-            return self.find(version)
+            active = self.variants[0].switch.active  # without a detour: most models have one variant
+            return active if active is not None and not version else self.find(version)
         ready = [(one, model) for one in self.variants if (model := one.switch.active) is not None]
         if not ready:
             raise self._none_ready()
@@ -103,6 +105,8 @@ class Deployment:
         return chosen
 
     def _none_ready(self) -> Refusal:
+        if self.unloaded:
+            return Refusal(404, f"{self.name} is not loaded any more")
         return Refusal(503, f"no version of {self.name} is ready: see /health", retry_after_s=1)
 
 
@@ -215,6 +219,7 @@ class Models:
         async with self._changing.setdefault(name, asyncio.Lock()):
             deployment = self.find(name)
             del self._by_name[name]
+            deployment.unloaded = True
             await self._release(deployment)
 
     async def index(self) -> list[Entry]:
