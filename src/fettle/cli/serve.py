@@ -3,41 +3,73 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fettle.core.home import Home
 from fettle.core.names import Reference
 
+if TYPE_CHECKING:
+    from fettle.serve.source import ModelSource
+
 
 def serve(
-    model: Annotated[str, typer.Argument(help="NAME, NAME@alias (followed when it moves) or NAME:version.")],
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL",
+            help="NAME, NAME@alias (followed when it moves) or NAME:version, of each model. /predict is the first.",
+        ),
+    ],
+    split: Annotated[
+        list[str] | None,
+        typer.Option(metavar="REF=PERCENT", help="Share of a model's requests for another of its versions, as "
+                     "digits@challenger=10. The rest stays where it was. May be repeated."),
+    ] = None,
+    sticky: Annotated[
+        str | None,
+        typer.Option(metavar="KEY", help="What keeps a client with one version of a split: header:NAME, cookie:NAME "
+                     "or payload."),
+    ] = None,
+    shadow: Annotated[
+        list[str] | None,
+        typer.Option(metavar="REF", help="Version that gets a copy of its model's requests; its answers are compared, "
+                     "logged and thrown away. May be repeated, once for each model."),
+    ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 for a free one.")] = 8080,
     threads: Annotated[int, typer.Option(min=1, help="Threads of one inference.")] = 1,
     grace: Annotated[float, typer.Option(min=0, help="Seconds to serve on after SIGTERM before draining.")] = 0.0,
     log: Annotated[bool, typer.Option(help="Write the prediction log.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Announce the URL as one JSON line.")] = False,
-) -> None:
-    """Serve a registered model over HTTP: /predict, /v2 (Open Inference Protocol), /health, /metrics."""
+) -> None:  # fmt: skip
+    """Serve registered models over HTTP: /predict, /v2 (Open Inference Protocol), /health, /metrics."""
+    from fettle.cli._traffic import describe, traffic_of
     from fettle.registry import Registry
     from fettle.serve.options import ServeOptions
     from fettle.serve.server import serve as run
-    from fettle.serve.source import registry_source
+    from fettle.serve.source import RegistryCatalogue, registry_source
 
-    home, reference = Home.default(), Reference.parse(model)
+    home = Home.default()
     registry = Registry(home)
-    registry.get(reference)  # an unknown model is an error now, not a server that never becomes ready
+
+    def source(reference: Reference) -> ModelSource:
+        registry.get(reference)  # an unknown model is an error now, not a server that never becomes ready
+        return registry_source(registry, reference)
+
+    traffics = traffic_of(models, splits=split or (), sticky=sticky, shadows=shadow or (), source=source)
     options = ServeOptions(
         host=host,
         port=port,
         threads=threads,
         grace_s=grace,
-        observations=home.observations(reference.name) if log else None,
+        observations=home.observations("{model}") if log else None,
     )
 
     def announce(url: str) -> None:
-        typer.echo(json.dumps({"url": url, "model": str(reference)}) if as_json else f"serving {reference} on {url}")
+        labels = [one.label for traffic in traffics for one in traffic.variants]
+        said = {"url": url, "model": labels[0], "models": labels}
+        typer.echo(json.dumps(said) if as_json else f"serving {describe(traffics)} on {url}")
 
-    raise typer.Exit(run(registry_source(registry, reference), options=options, on_ready=announce))
+    raise typer.Exit(run(traffics, options=options, catalogue=RegistryCatalogue(registry), on_ready=announce))

@@ -75,6 +75,8 @@ class Application:
         elapsed_s = request.elapsed_s()
         template = "unknown" if request.route is None else request.route.template
         self._metrics.answered(template, response.status, elapsed_s)
+        if request.answers is not None:
+            self._metrics.answered_by(*request.answers, response.status)
         if self._options.access_log:
             line = {
                 "time": time.time(),

@@ -184,3 +184,21 @@ def format_binary(answer: Answer, *, model: Served, call: InferCall) -> tuple[by
     header = msgspec.json.encode({**response_head(model, call), "outputs": outputs})
     parts[0] = header
     return b"".join(parts), len(header)
+
+
+class _AnswerJson(msgspec.Struct):
+    outputs: list[InputJson]
+
+
+def outputs_in(content: bytes, *, header_bytes: int) -> dict[str, Array]:
+    """The tensors of an answer, as `format_binary` and `format_infer` write them. Raises Refusal where it is none.
+
+    >>> tensor = b'{"name": "y", "shape": [2], "datatype": "UINT8", "parameters": {"binary_data_size": 2}}'
+    >>> head = b'{"outputs": [' + tensor + b"]}"
+    >>> outputs_in(head + bytes([1, 2]), header_bytes=len(head))
+    {'y': array([1, 2], dtype=uint8)}
+    """
+    whole = memoryview(content)
+    end = header_bytes or len(whole)
+    tail = _Tail(whole[end:])
+    return {tensor.name: tail.read(tensor) for tensor in decode(whole[:end], _AnswerJson).outputs}

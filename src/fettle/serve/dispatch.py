@@ -87,6 +87,41 @@ class Job:
         self.settled = True
 
 
+class _Queue:
+    """The jobs of one version and kind that wait, and their rows."""
+
+    __slots__ = ("jobs", "model", "rows")
+
+    def __init__(self, model: Mounted) -> None:
+        self.model = model
+        self.jobs: deque[Job] = deque()
+        self.rows = 0
+
+    def add(self, job: Job, *, first: bool = False) -> None:
+        if first:
+            self.jobs.appendleft(job)
+        else:
+            self.jobs.append(job)
+        self.rows += job.rows
+
+    def take(self) -> Job:
+        job = self.jobs.popleft()
+        self.rows -= job.rows
+        return job
+
+    def head(self) -> Job | None:
+        """The first job that somebody waits for."""
+        while self.jobs and self.jobs[0].settled:
+            self.take()
+        return self.jobs[0] if self.jobs else None
+
+    def drop_settled(self) -> None:
+        gone = sum(job.rows for job in self.jobs if job.settled)
+        if gone:
+            self.jobs = deque(job for job in self.jobs if not job.settled)
+            self.rows -= gone
+
+
 class Dispatcher:
     """A bounded queue in front of the lanes. Belongs to one event loop."""
 
@@ -95,8 +130,7 @@ class Dispatcher:
         self._options = options
         self._metrics = metrics
         self._observe = observe
-        self._waiting: dict[tuple[int, wire.Kind], deque[Job]] = {}
-        self._rows = 0
+        self._waiting: dict[tuple[int, wire.Kind], _Queue] = {}
         self._running: dict[int, list[Job]] = {}
         self._retired: list[Mounted] = []
         self._forgotten: set[int] = set()
@@ -109,7 +143,7 @@ class Dispatcher:
     @property
     def queued_rows(self) -> int:
         """Rows that wait now."""
-        return self._rows
+        return sum(queue.rows for queue in self._waiting.values())
 
     def start(self) -> None:
         """Begin to watch deadlines."""
@@ -121,10 +155,14 @@ class Dispatcher:
         if self._sweeper is not None:
             self._sweeper.cancel()
         gone = _shutting_down()
-        for job in [job for jobs in (*self._waiting.values(), *self._running.values()) for job in jobs]:
+        for job in self._all():
             job.settle(gone)
         self._waiting.clear()
-        self._rows = 0
+
+    def _all(self) -> list[Job]:
+        """The jobs that wait, and those that run."""
+        waiting = [job for queue in self._waiting.values() for job in queue.jobs]
+        return waiting + [job for batch in self._running.values() for job in batch]
 
     def retire(self, model: Mounted) -> None:
         """Let the workers forget a version once its last job has ended."""
@@ -150,12 +188,19 @@ class Dispatcher:
             raise _no_worker()
 
     def _wait_s(self, model: Mounted) -> float:
-        """Until a row that comes now is answered: the batches before it, shared by the lanes, and its own."""
-        times = model.times
-        limit = self._limit(model)
-        full_s = times.seconds(limit)
-        before = self._rows / limit / max(1, self._lanes.living)
-        return (before + 1.0) * full_s if self._rows else times.seconds(1)
+        """Until a row that comes now is answered: the batches before it, shared by the lanes, and its own.
+
+        Every version has batches of its own, as large and as long as its own times say.
+        """
+        before_s, own_s = 0.0, model.times.seconds(1)
+        for queue in self._waiting.values():
+            if queue.rows:
+                limit = self._limit(queue.model)
+                full_s = queue.model.times.seconds(limit)
+                before_s += queue.rows / limit * full_s
+                if queue.model is model:
+                    own_s = full_s
+        return before_s / max(1, self._lanes.living) + own_s
 
     def _shed(self, model: Mounted) -> None:
         self._metrics.shed.labels(model.served.name, str(model.served.version)).inc()
@@ -169,13 +214,19 @@ class Dispatcher:
         self._check_open()
         if jobs[0].model.key in self._forgotten:
             raise Refusal(503, "this version is not served any more: send the request again", retry_after_s=1)
-        if self._rows + rows > limit:
+        if self.queued_rows + rows > limit:
             self._shed(jobs[0].model)
             raise Refusal(429, "too many requests are waiting: try again later", retry_after_s=1)
         for job in jobs:
-            self._waiting.setdefault((job.model.key, job.kind), deque()).append(job)
-        self._rows += rows
+            self._queue_of(job).add(job)
         self._wake()
+
+    def _queue_of(self, job: Job) -> _Queue:
+        key = (job.model.key, job.kind)
+        found = self._waiting.get(key)
+        if found is None:
+            found = self._waiting[key] = _Queue(job.model)
+        return found
 
     # Batches
 
@@ -187,7 +238,7 @@ class Dispatcher:
 
     def _pump(self) -> None:
         self._pumping = False
-        while self._rows and not self._closed:
+        while self.queued_rows and not self._closed:
             idle = [lane for lane in self._lanes.all if lane.alive and lane.batch is None and lane.keys]
             chosen = self._next(idle)
             if chosen is None:
@@ -195,39 +246,31 @@ class Dispatcher:
             lane, queue = chosen
             self._give(lane, self._take(queue, share=len(idle)))
 
-    def _next(self, idle: list[Lane]) -> tuple[Lane, deque[Job]] | None:
+    def _next(self, idle: list[Lane]) -> tuple[Lane, _Queue] | None:
         """The queue whose head has waited longest, of those that an idle lane can serve."""
-        oldest: tuple[float, Lane, deque[Job]] | None = None
+        oldest: tuple[float, Lane, _Queue] | None = None
         for (key, _), queue in self._waiting.items():
-            while queue and queue[0].settled:
-                self._rows -= queue.popleft().rows
-            if not queue or (oldest is not None and queue[0].queued >= oldest[0]):
+            head = queue.head()
+            if head is None or (oldest is not None and head.queued >= oldest[0]):
                 continue
             lane = next((lane for lane in idle if key in lane.keys), None)
             if lane is not None:
-                oldest = queue[0].queued, lane, queue
+                oldest = head.queued, lane, queue
         return None if oldest is None else oldest[1:]
 
     def _limit(self, model: Mounted) -> int:
         return model.times.largest(self._options.max_batch_rows, promise_s=self._options.promise_s)
 
-    def _take(self, queue: deque[Job], *, share: int) -> list[Job]:
+    def _take(self, queue: _Queue, *, share: int) -> list[Job]:
         """What can run together, oldest first; where several lanes are idle, each gets its part."""
-        first = queue[0]
-        waiting = sum(job.rows for job in queue) if share > 1 else 0
-        limit = max(1, min(self._limit(first.model), math.ceil(waiting / share) if share > 1 else 2**31))
+        limit = max(1, min(self._limit(queue.model), math.ceil(queue.rows / share) if share > 1 else 2**31))
         batch: list[Job] = []
         rows = 0
-        while queue:
-            job = queue[0]
-            if job.settled:
-                self._rows -= queue.popleft().rows
-                continue
+        while (job := queue.head()) is not None:
             if batch and (job.alone or batch[0].alone or rows + job.rows > limit or not job.model.served.row_wise):
                 break
-            batch.append(queue.popleft())
+            batch.append(queue.take())
             rows += job.rows
-            self._rows -= job.rows
         return batch
 
     def _give(self, lane: Lane, batch: list[Job]) -> None:
@@ -287,11 +330,10 @@ class Dispatcher:
                 job.settle(Refusal(500, "the model's process died on this input"))
                 continue
             job.alone = True
-            self._waiting.setdefault((job.model.key, job.kind), deque()).appendleft(job)
-            self._rows += job.rows
+            self._queue_of(job).add(job, first=True)
         if self._lanes.problem is not None:
             gone = _no_worker()
-            for job in [job for queue in self._waiting.values() for job in queue]:
+            for job in [job for queue in self._waiting.values() for job in queue.jobs]:
                 job.settle(gone)
         self._wake()
 
@@ -301,11 +343,11 @@ class Dispatcher:
         while True:
             await asyncio.sleep(_SWEEP_S)
             now = time.monotonic()
-            for jobs in (*self._waiting.values(), *self._running.values()):
-                for job in jobs:
-                    if not job.settled and now >= job.deadline:
-                        job.settle(Refusal(504, "no answer before the deadline", retry_after_s=1))
-            self._drop_settled()
+            for job in self._all():
+                if not job.settled and now >= job.deadline:
+                    job.settle(Refusal(504, "no answer before the deadline", retry_after_s=1))
+            for queue in self._waiting.values():  # what nobody waits for any more takes no room
+                queue.drop_settled()
             for lane in self._lanes.all:
                 if lane.batch is not None and now - lane.busy_since > self._options.worker_timeout_s:
                     _log.error("worker %d has not answered for %g s: it is ended", lane.number, now - lane.busy_since)
@@ -314,17 +356,9 @@ class Dispatcher:
             self._forget_retired()
             self._wake()
 
-    def _drop_settled(self) -> None:
-        """What nobody waits for any more takes no room in the queue."""
-        for key, queue in self._waiting.items():
-            gone = sum(job.rows for job in queue if job.settled)
-            if gone:
-                self._waiting[key] = deque(job for job in queue if not job.settled)
-                self._rows -= gone
-
     def _forget_retired(self) -> None:
         for model in list(self._retired):
-            waits = any(queue for (key, _), queue in self._waiting.items() if key == model.key)
+            waits = any(queue.jobs for (key, _), queue in self._waiting.items() if key == model.key)
             runs = any(batch[0].model is model for batch in self._running.values())
             if not waits and not runs:
                 self._retired.remove(model)

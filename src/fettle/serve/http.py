@@ -85,10 +85,11 @@ class Request:
     """What the handlers see of a request. `headers` have lower-case names.
 
     id: the client's X-Request-Id where that is well formed. jobs: what is given up where the client goes away before
-    the answer; cancelled: whether it has. route: what the path means, once that is known.
+    the answer; cancelled: whether it has. route: what the path means, once that is known. answers: name and version
+    of the model that was chosen, for metrics.
     """
 
-    __slots__ = ("_id", "body", "cancelled", "headers", "jobs", "method", "path", "route", "started")
+    __slots__ = ("_id", "answers", "body", "cancelled", "headers", "jobs", "method", "path", "route", "started")
 
     def __init__(self, method: str, path: str, headers: dict[str, str]) -> None:
         self.started = time.perf_counter()
@@ -99,6 +100,7 @@ class Request:
         self.jobs: Sequence[Abandoned] = ()
         self.cancelled = False
         self.route: Found | None = None
+        self.answers: tuple[str, str] | None = None
         self._id: str | None = None
 
     @property

@@ -19,6 +19,7 @@ from fettle.serve.observations import ObservationLog, observation_of
 from fettle.serve.options import ServeOptions
 from fettle.serve.predict import Gathered, image_spec, images_in
 from fettle.serve.refusal import Refusal, quote
+from fettle.serve.shadow import Shadow
 from fettle.serve.wire import Item
 
 _log = logging.getLogger("fettle.serve")
@@ -28,18 +29,34 @@ TIMEOUT = "x-request-timeout-ms"
 class Inference:
     """The handlers of `/v2/models/NAME/infer` and `/predict`."""
 
-    def __init__(self, *, options: ServeOptions, dispatcher: Dispatcher, log: ObservationLog | None) -> None:
+    def __init__(
+        self, *, options: ServeOptions, dispatcher: Dispatcher, log: ObservationLog | None, shadow: Shadow | None = None
+    ) -> None:
         self._options = options
         self._dispatcher = dispatcher
         self._log = log
+        self._shadow = shadow
 
     def infer(self, request: Request, respond: Respond, *, deployment: Deployment, version: str) -> None:
-        model = deployment.choose(version)
+        model = self._choose(request, deployment, version)
         deadline = self._deadline(request)
         self._dispatcher.admit(model, deadline=deadline)
-        self._with_body(request, respond, partial(self._infer_body, request, respond, model, deadline))
+        self._with_body(request, respond, partial(self._infer_body, request, respond, deployment, model, deadline))
 
-    def _infer_body(self, request: Request, respond: Respond, model: Mounted, deadline: float, body: bytes) -> None:
+    def _choose(self, request: Request, deployment: Deployment, version: str = "") -> Mounted:
+        model = deployment.choose(version, headers=request.headers, body=request.body)
+        request.answers = deployment.name, str(model.served.version)
+        return model
+
+    def _infer_body(
+        self,
+        request: Request,
+        respond: Respond,
+        deployment: Deployment,
+        model: Mounted,
+        deadline: float,
+        body: bytes,
+    ) -> None:
         kind, header_bytes = kind_of(request, body)
         rows = announced_rows(body, header_bytes) if model.served.row_wise else 1
 
@@ -59,17 +76,24 @@ class Inference:
             deadline=deadline,
             done=done,
         )
-        self._dispatcher.submit([job])
-        request.jobs = [job]
+        self._submit(request, deployment, [job])
 
     def predict(self, request: Request, respond: Respond, *, deployment: Deployment) -> None:
-        model = deployment.choose()
+        model = self._choose(request, deployment)
         image_spec(model.served)
         deadline = self._deadline(request)
         self._dispatcher.admit(model, deadline=deadline)
-        self._with_body(request, respond, partial(self._predict_body, request, respond, model, deadline))
+        self._with_body(request, respond, partial(self._predict_body, request, respond, deployment, model, deadline))
 
-    def _predict_body(self, request: Request, respond: Respond, model: Mounted, deadline: float, body: bytes) -> None:
+    def _predict_body(
+        self,
+        request: Request,
+        respond: Respond,
+        deployment: Deployment,
+        model: Mounted,
+        deadline: float,
+        body: bytes,
+    ) -> None:
         images, many = images_in(body, request.header("content-type"))
         gathered = Gathered(len(images), many, partial(self._predicted, request, respond, model))
         jobs = [
@@ -84,8 +108,14 @@ class Inference:
             )
             for number, image in enumerate(images)
         ]
+        self._submit(request, deployment, jobs)
+
+    def _submit(self, request: Request, deployment: Deployment, jobs: list[Job]) -> None:
         self._dispatcher.submit(jobs)
         request.jobs = jobs
+        if self._shadow is not None and deployment.shadow is not None:
+            # In the next turn of the loop, when the workers have been given theirs.
+            asyncio.get_running_loop().call_soon(self._shadow.copy, jobs, deployment.shadow.active)
 
     def _predicted(self, request: Request, respond: Respond, model: Mounted, gathered: Gathered) -> None:
         if gathered.refusal is not None:

@@ -91,13 +91,17 @@ class Lane(asyncio.Protocol):
             loaded = await future
         finally:
             self._loading.pop(mounted.key, None)
+        if mounted.key not in self._lanes.wanted:
+            raise ArtifactError("this version was given up while it was loaded")
         for rows, seconds in zip(loaded.rows, loaded.seconds, strict=True):
             mounted.times.observe(rows, seconds)
         self.keys.add(mounted.key)
         self._lanes.on_idle(self)
 
     def unload(self, key: int) -> None:
-        """Let the worker forget a version."""
+        """Let the worker forget a version, also one that it is loading."""
+        if key not in self.keys and key not in self._loading:
+            return
         self.keys.discard(key)
         if self._transport is not None:
             self._transport.write(wire.frame(wire.Unload(key)))
@@ -159,14 +163,17 @@ class Lane(asyncio.Protocol):
             except OSError:
                 ours.close()
                 raise
+        if self._lanes.background:
+            _give_way(self.process.pid)
         self._lost.clear()
         await asyncio.get_running_loop().create_connection(lambda: self, sock=ours)
         for mounted in list(self._lanes.mounted.values()):
+            if mounted.key not in self._lanes.wanted:  # while those before it were loaded
+                continue
             try:
                 await self.load(mounted)
             except ArtifactError as problem:
                 _log.error("worker %d cannot load what the others have: %s", self.number, problem)
-                break
         await self._lost.wait()
         code = await asyncio.to_thread(_end, self.process, 5.0)
         _log.error("worker %d ended with %d and is replaced", self.number, code)
@@ -211,16 +218,19 @@ class Lane(asyncio.Protocol):
 
 
 class Lanes:
-    """All lanes of a server, and what is mounted in them.
+    """Workers that all have the same versions, and what is mounted in them.
 
     living: lanes that answer, or soon will; problem: why none is left, or None.
+    background: their processes take what time others leave. wanted: keys of the versions mounted or being mounted.
     on_done(lane, batch, report, body), on_lost(lane, batch or None), on_idle(lane): told to whoever gives the batches.
     """
 
-    def __init__(self, options: ServeOptions, metrics: Metrics) -> None:
+    def __init__(self, options: ServeOptions, metrics: Metrics, *, background: bool = False) -> None:
         self.options = options
-        self._metrics = metrics
+        self.background = background
+        self._deaths = metrics.shadow.worker_deaths if background else metrics.worker_deaths
         self.mounted: dict[int, Mounted] = {}
+        self.wanted: set[int] = set()
         self.on_done: Callable[[Lane, Any, wire.Done, memoryview], None] = lambda *_: None
         self.on_lost: Callable[[Lane, Any], None] = lambda *_: None
         self.on_idle: Callable[[Lane], None] = lambda _: None
@@ -249,7 +259,7 @@ class Lanes:
 
     def on_end(self) -> None:
         """A worker has died."""
-        self._metrics.worker_deaths.inc()
+        self._deaths.inc()
 
     async def mount(self, served: Served, root: str) -> Mounted:
         """Load a version into every worker; where one finds it unfit, into none. Raises ArtifactError.
@@ -264,6 +274,7 @@ class Lanes:
         if self.problem:
             raise ArtifactError(self.problem)
         lanes = [lane for lane in self.all if lane.alive]
+        self.wanted.add(mounted.key)
         try:
             if self.mounted:
                 for lane in lanes:
@@ -276,7 +287,10 @@ class Lanes:
         self.mounted[mounted.key] = mounted
         for lane in self.all:  # one that came up meanwhile found nothing to load
             if lane.alive and mounted.key not in lane.keys:
-                await lane.load(mounted)
+                try:
+                    await lane.load(mounted)
+                except ArtifactError as problem:
+                    _log.error("worker %d cannot load what the others have: %s", lane.number, problem)
         return mounted
 
     def unmount(self, mounted: Mounted) -> None:
@@ -285,13 +299,26 @@ class Lanes:
         self._drop(mounted)
 
     def _drop(self, mounted: Mounted) -> None:
+        self.wanted.discard(mounted.key)
         for lane in self.all:
-            if mounted.key in lane.keys:
-                lane.unload(mounted.key)
+            lane.unload(mounted.key)
 
     async def close(self, timeout_s: float) -> None:
         """End every worker."""
         await asyncio.gather(*(lane.close(timeout_s) for lane in self.all))
+
+
+def _give_way(pid: int) -> None:
+    """Let a process run only where no other wants the core; threads that it starts from now on are the same.
+
+    From here, as soon as it exists: where it did so itself, it would have loaded its libraries by then.
+    """
+    try:
+        os.setpriority(os.PRIO_PROCESS, pid, 19)
+        if hasattr(os, "SCHED_IDLE"):
+            os.sched_setscheduler(pid, os.SCHED_IDLE, os.sched_param(0))
+    except OSError as problem:  # it has ended already, or a container forbids it
+        _log.warning("process %d keeps its priority: %s", pid, problem)
 
 
 def _end(process: subprocess.Popen[bytes], timeout_s: float) -> int:

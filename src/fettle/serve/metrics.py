@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
+from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.registry import Collector
 
 from fettle.serve.tallies import Count, Counts, Spread, Spreads
 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _VERSION = ("model", "version")
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
+_DIFFERENCES = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.1, 1.0, 10.0)
 
 
 class Metrics:
@@ -51,16 +54,34 @@ class Metrics:
             "fettle_switches", "Loads of a version, by result (ok or failed).", ("result",), registry=registry
         )
         self.ready = Gauge("fettle_ready", "1 where the server would take traffic.", registry=registry)
-        self._model = Gauge(
-            "fettle_model_info", "The version that answers: always 1.",
-            ("model", "version", "digest", "runtime", "precision"), registry=registry,
+        self._versions = _Versions()
+        registry.register(self._versions)
+        self._of_version = Counts(
+            "fettle_model_requests", "Requests that a version answered or refused, by status.",
+            (*_VERSION, "code"), registry=registry,
         )  # fmt: skip
+        self._assigned = Counts(
+            "fettle_assigned", "Requests that a variant was chosen for, where a model has several.",
+            ("model", "variant", "version"), registry=registry,
+        )  # fmt: skip
+        self.shadow = ShadowMetrics(registry)
         self._queued = Gauge("fettle_queue_rows", "Rows that wait for a worker.", registry=registry)
         for result in ("ok", "failed"):
             self.switches.labels(result)
 
-    def watch(self, *, queued_rows: Callable[[], int], in_flight: Callable[[], int], ready: Callable[[], bool]) -> None:
-        """Read these when asked for, instead of being told each time they change."""
+    def watch(
+        self,
+        *,
+        queued_rows: Callable[[], int],
+        in_flight: Callable[[], int],
+        ready: Callable[[], bool],
+        versions: Callable[[], Iterable[tuple[str, str, str, str, str]]],
+    ) -> None:
+        """Read these when asked for, instead of being told each time they change.
+
+        versions: model, version, digest, runtime and precision of each that answers.
+        """
+        self._versions.read = versions
         self._queued.set_function(queued_rows)
         self.in_flight.set_function(in_flight)
         self.ready.set_function(ready)
@@ -75,13 +96,54 @@ class Metrics:
         found[0].inc()
         found[1].observe(seconds)
 
-    def serving(self, *labels: str) -> None:
-        """Name the version that answers now: model, version, digest, runtime, precision."""
-        self._model.clear()
-        self._model.labels(*labels).set(1)
+    def answered_by(self, model: str, version: str, code: int) -> None:
+        """Count a request that this version was chosen for."""
+        self._of_version.labels(model, version, str(code)).inc()
+
+    def assigned_to(self, model: str, variant: str, version: str) -> None:
+        """Count a choice among several variants."""
+        self._assigned.labels(model, variant, version).inc()
+
+    def begin(self, model: str, version: str) -> None:
+        """A version will answer: a series that begins at 0 shows its first event."""
         for metric in (self.queue_seconds, self.inference_seconds, self.batch_rows, self.shed):
-            metric.labels(*labels[:2])  # a series that begins at 0 shows its first event
+            metric.labels(model, version)
 
     def render(self) -> bytes:
         """The text exposition format."""
         return generate_latest(self.registry)
+
+
+class ShadowMetrics:
+    """What became of the copies of requests, and how their answers compare with those that were given."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.requests = Counts(
+            "fettle_shadow_requests", "Copies for a shadow, by what became of them: answered, failed or dropped.",
+            (*_VERSION, "result"), registry=registry,
+        )  # fmt: skip
+        self.rows = Counts(
+            "fettle_shadow_rows", "Rows of a shadow, by whether their class is the one answered: agreed or disagreed.",
+            (*_VERSION, "result"), registry=registry,
+        )  # fmt: skip
+        self.difference = Spreads(
+            "fettle_shadow_difference", "Largest absolute difference between a shadow's answer and the one given.",
+            _VERSION, buckets=_DIFFERENCES, registry=registry,
+        )  # fmt: skip
+        self.worker_deaths = Counter(
+            "fettle_shadow_worker_deaths", "Worker processes of shadows that ended.", registry=registry
+        )
+
+
+class _Versions(Collector):
+    """The versions that answer, as they are when asked for."""
+
+    def __init__(self) -> None:
+        self.read: Callable[[], Iterable[tuple[str, str, str, str, str]]] = tuple
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        labels = ("model", "version", "digest", "runtime", "precision")
+        family = GaugeMetricFamily("fettle_model_info", "The versions that answer: always 1.", labels=labels)
+        for values in sorted(set(self.read())):
+            family.add_metric(values, 1)
+        yield family

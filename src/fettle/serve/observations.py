@@ -161,12 +161,25 @@ class ObservationLog:
 
     def _flush(self, held: list[Observation], rows: int) -> None:
         try:
-            self._files += 1
-            write_table(table_of(held), self._folder, self._files)
-            self._metrics.observations.inc(rows)
+            for name in dict.fromkeys(item.model for item in held):
+                mine = [item for item in held if item.model == name]
+                self._files += 1
+                write_table(table_of(mine), _folder_of(name, self._folder), self._files)
+                written = sum(len(item.probabilities) for item in mine)
+                self._metrics.observations.inc(written)
+                rows -= written
         except Exception as problem:  # whatever it is, it must not end the log or reach a request
             self._metrics.observations_dropped.inc(rows)
             _log.error("%d rows of the prediction log were lost: %s", rows, problem)
         finally:
             with self._lock:
-                self._rows -= rows
+                self._rows -= sum(len(item.probabilities) for item in held)
+
+
+def _folder_of(model: str, folder: Path) -> Path:
+    """Where the rows of a model go: "{model}" in the folder's path stands for its name.
+
+    >>> _folder_of("digits", Path("/logs/{model}/rows")).as_posix()
+    '/logs/digits/rows'
+    """
+    return Path(*(part.replace("{model}", model) for part in folder.parts))

@@ -49,8 +49,10 @@ class ServeOptions:
     drain_timeout_s: after the grace, how long running requests may take to end.
     poll_s: how often the source is asked for its version; retry_s: first wait before a bad version is tried again,
         doubled each time.
-    observations: folder of the prediction log, None for no log. It is flushed every `log_rows` rows or
-        `log_flush_s`; more than `log_queue_rows` unwritten rows are dropped and counted.
+    shadow_rows: rows that may wait for a shadow, more are not copied to it.
+    observations: folder of the prediction log, None for no log; `{model}` in it stands for the model's name, for a
+        server of several. It is flushed every `log_rows` rows or `log_flush_s`; more than `log_queue_rows` unwritten
+        rows are dropped and counted.
     access_log: one JSON line per request to the logger "fettle.serve".
     """
 
@@ -75,6 +77,7 @@ class ServeOptions:
     drain_timeout_s: float = 30.0
     poll_s: float = 0.25
     retry_s: float = 5.0
+    shadow_rows: int = 128
     observations: Path | None = None
     log_rows: int = 5000
     log_flush_s: float = 5.0
@@ -101,7 +104,7 @@ class ServeOptions:
 
 _AT_LEAST_ONE = (
     "threads", "workers", "max_batch_rows", "max_queue_rows", "max_body_bytes", "max_image_pixels",
-    "max_connections", "max_header_bytes", "max_headers", "log_rows", "log_queue_rows",
+    "max_connections", "max_header_bytes", "max_headers", "shadow_rows", "log_rows", "log_queue_rows",
 )  # fmt: skip
 _SECONDS = (
     "promise_s", "idle_timeout_s", "header_timeout_s", "body_timeout_s", "request_timeout_s", "worker_timeout_s",

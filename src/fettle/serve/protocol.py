@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -244,11 +244,11 @@ def json_tensor(name: str, array: Array) -> dict[str, Any]:
     }
 
 
-def describe(model: Served) -> dict[str, Any]:
-    """The model's metadata: free dimensions are -1."""
+def describe(model: Served, *, versions: Iterable[int]) -> dict[str, Any]:
+    """The model's metadata: free dimensions are -1. versions: all that answer."""
     return {
         "name": model.name,
-        "versions": [str(model.version)],
+        "versions": [str(version) for version in versions],
         "platform": f"fettle_{model.runtime}",
         "inputs": [_spec(spec) for spec in model.signature.inputs],
         "outputs": [_spec(spec) for spec in model.signature.outputs],

@@ -61,7 +61,6 @@ class Routes:
             "/metrics": self._render_metrics,
         }
         routes = {path: Route(path.rstrip("/"), {"GET": _at_once(handler)}) for path, handler in get.items()}
-        routes["/predict"] = Route("/predict", {"POST": self._predict})
         return routes
 
     def find(self, path: str) -> Route:
@@ -69,7 +68,11 @@ class Routes:
         fixed = self._fixed.get(path)
         if fixed is not None:
             return fixed
+        if path == "/predict":
+            return self._predict_route(path, self._models.first)
         parts = path.split("/")
+        if parts[:2] == ["", "predict"] and len(parts) == 3:
+            return self._predict_route("/predict/{model}", self._models.find(parts[2]))
         if parts[:3] != ["", "v2", "models"] or len(parts) < 4:
             raise Refusal(404, f"no such path: {quote(path)}")
         deployment = self._models.find(parts[3])
@@ -87,6 +90,9 @@ class Routes:
                 handler = partial(self._inference.infer, deployment=deployment, version=version)
                 return Route("/v2/models/{model}/infer", {"POST": handler})
         raise Refusal(404, f"no such path: {quote(path)}")
+
+    def _predict_route(self, template: str, deployment: Deployment) -> Route:
+        return Route(template, {"POST": partial(self._inference.predict, deployment=deployment)})
 
     # Health and metadata: answered from memory, never waiting for inference
 
@@ -109,16 +115,15 @@ class Routes:
         return Response.json({"name": "fettle", "version": _version(), "extensions": EXTENSIONS})
 
     def _model_metadata(self, deployment: Deployment, version: str) -> Response:
-        return Response.json(protocol.describe(deployment.choose(version).served))
+        model = deployment.find(version)
+        versions = (one.served.version for one in deployment.active)
+        return Response.json(protocol.describe(model.served, versions=versions))
 
     def _model_ready(self, deployment: Deployment, version: str) -> Response:
-        ready = self._health.ready
+        ready = self._health.answers(deployment)
         if ready:
-            deployment.choose(version)  # 404 for a version that is not served
+            deployment.find(version)  # 404 for a version that is not served
         return Response.json({"name": deployment.name, "ready": ready}, 200 if ready else 503)
-
-    def _predict(self, request: Request, respond: Respond) -> None:
-        self._inference.predict(request, respond, deployment=self._models.first)
 
 
 def _at_once(make: Callable[[], Response]) -> Handler:

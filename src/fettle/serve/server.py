@@ -19,19 +19,19 @@ import uvloop
 
 from fettle.serve.app import Application
 from fettle.serve.connection import Connection, Connections
+from fettle.serve.deploy import Deployer
 from fettle.serve.dispatch import Dispatcher
 from fettle.serve.health import Health
 from fettle.serve.inference import Inference
-from fettle.serve.lanes import Lanes, Mounted
+from fettle.serve.lanes import Lanes
 from fettle.serve.listener import Listener, address_of, bind
 from fettle.serve.metrics import Metrics
-from fettle.serve.model import Served
-from fettle.serve.models import Deployment, Models
+from fettle.serve.models import Catalogue, Models
 from fettle.serve.observations import ObservationLog
 from fettle.serve.options import ServeOptions
 from fettle.serve.routes import Routes
-from fettle.serve.source import ModelSource
-from fettle.serve.switch import Switch
+from fettle.serve.shadow import Shadow
+from fettle.serve.traffic import Declared, declared
 
 _log = logging.getLogger("fettle.serve")
 # Connections that were accepted before new ones were refused have this many polls to speak, counted from the latest
@@ -52,16 +52,24 @@ def _nothing(url: str) -> None:
 
 
 def serve(
-    source: ModelSource, *, options: ServeOptions, on_ready: Announce = _nothing, on_listening: Announce = _nothing
+    models: Declared,
+    *,
+    options: ServeOptions,
+    catalogue: Catalogue | None = None,
+    on_ready: Announce = _nothing,
+    on_listening: Announce = _nothing,
 ) -> int:
-    """Serve the source until SIGTERM or SIGINT, and return the exit code: 0 after a clean drain, 1 otherwise.
+    """Serve until SIGTERM or SIGINT, and return the exit code: 0 after a clean drain, 1 otherwise.
 
+    models: the source of one model, or its Traffic where it has several versions; a sequence of these for several.
+    catalogue: what else may be loaded while the server runs.
     on_listening: called with the URL once the port is open: health and metrics answer from then on.
-    on_ready: called with the URL once a first version is proven; never, where none is good.
-    Raises UsageError where the address cannot be had. Call it from the main thread.
+    on_ready: called with the URL once each model has a proven version; never, where one has none.
+    Raises UsageError where the address cannot be had, or the models cannot be served together. Call it from the main
+    thread.
     """
     _spare_collections()
-    return uvloop.run(_serve_until_signal(source, options, on_ready, on_listening))
+    return uvloop.run(_serve_until_signal(models, options, catalogue, on_ready, on_listening))
 
 
 def _spare_collections() -> None:
@@ -72,7 +80,7 @@ def _spare_collections() -> None:
 
 
 async def _serve_until_signal(
-    source: ModelSource, options: ServeOptions, on_ready: Announce, on_listening: Announce
+    models: Declared, options: ServeOptions, catalogue: Catalogue | None, on_ready: Announce, on_listening: Announce
 ) -> int:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -84,19 +92,22 @@ async def _serve_until_signal(
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, received, number)
-    return await serve_until(stop, source, options=options, on_ready=on_ready, on_listening=on_listening)
+    return await serve_until(
+        stop, models, options=options, catalogue=catalogue, on_ready=on_ready, on_listening=on_listening
+    )
 
 
 async def serve_until(
     stop: asyncio.Event,
-    source: ModelSource,
+    models: Declared,
     *,
     options: ServeOptions,
+    catalogue: Catalogue | None = None,
     on_ready: Announce = _nothing,
     on_listening: Announce = _nothing,
 ) -> int:
     """Like `serve`, inside a running loop, until the event is set."""
-    service = Service(source, options, on_ready=on_ready)
+    service = Service(models, options, catalogue=catalogue, on_ready=on_ready)
     await service.start()
     on_listening(service.url)
     await stop.wait()
@@ -106,7 +117,10 @@ async def serve_until(
 class Service:
     """The parts of one server process, and the order in which they begin and end."""
 
-    def __init__(self, source: ModelSource, options: ServeOptions, *, on_ready: Announce) -> None:
+    def __init__(
+        self, models: Declared, options: ServeOptions, *, catalogue: Catalogue | None = None, on_ready: Announce
+    ) -> None:
+        traffics = declared(models)
         bound = bind(options.host, options.port)
         self.url = address_of(bound)
         self._options = options
@@ -115,24 +129,36 @@ class Service:
         self._announced = False
         metrics = Metrics()
         self._lanes = Lanes(options, metrics)
-        self._switch = Switch(source, options=options, metrics=metrics, mount=self._mount, on_change=self._changed)
-        models = Models([Deployment(source.name, self._switch)])
-        self._health = Health(models, self._lanes)
         folder = options.observations
         self._log = None if folder is None else ObservationLog(folder, options=options, metrics=metrics)
-        self._dispatcher = Dispatcher(self._lanes, options=options, metrics=metrics, observe=folder is not None)
+        shadowed = any(traffic.shadow is not None for traffic in traffics)
+        self._shadow = Shadow(options, metrics, log=self._log) if shadowed else None
+        observe = folder is not None or shadowed
+        self._dispatcher = Dispatcher(self._lanes, options=options, metrics=metrics, observe=observe)
+        deployer = Deployer(
+            options=options,
+            metrics=metrics,
+            lanes=self._lanes,
+            dispatcher=self._dispatcher,
+            shadow=self._shadow,
+            on_change=self._changed,
+        )
+        self.models = Models(traffics, build=deployer.build, retire=deployer.retire, catalogue=catalogue)
+        self._health = Health(self.models, self._lanes, shadow=self._shadow)
+        inference = Inference(options=options, dispatcher=self._dispatcher, log=self._log, shadow=self._shadow)
         routes = Routes(
-            models=models,
+            models=self.models,
             health=self._health,
             dispatcher=self._dispatcher,
             metrics=metrics,
-            inference=Inference(options=options, dispatcher=self._dispatcher, log=self._log),
+            inference=inference,
         )
         self._application = Application(options=options, health=self._health, metrics=metrics, routes=routes)
         metrics.watch(
             queued_rows=lambda: self._dispatcher.queued_rows,
             in_flight=lambda: self._application.in_flight,
             ready=lambda: self._health.ready,
+            versions=self.models.versions,
         )
         self._connections = Connections(options)
         self._listener = Listener(lambda: Connection(self._application, self._connections), bound)
@@ -143,7 +169,9 @@ class Service:
         self._lanes.start()
         await self._listener.start()
         self._dispatcher.start()
-        self._switch.start()
+        if self._shadow is not None:
+            self._shadow.start()
+        self.models.start()
         self._sweeper = self._loop.create_task(self._sweep())
 
     async def drain(self) -> bool:
@@ -156,8 +184,10 @@ class Service:
         await self._settle()
         self._listener.stop()
         clean = await self._until_quiet(options.drain_timeout_s)
-        self._switch.close(timeout_s=0.0)
+        self.models.close()
         self._dispatcher.close()
+        if self._shadow is not None:
+            await self._shadow.close()
         self._connections.close_idle()
         await self._lanes.close(_WORKERS_END_S if clean else 0.0)
         if self._log is not None:
@@ -167,17 +197,10 @@ class Service:
         _log.info("ended %s", "cleanly" if clean else "with work undone")
         return clean
 
-    def _mount(self, served: Served, root: str) -> Mounted:
-        """Called by the switch's thread."""
-        return asyncio.run_coroutine_threadsafe(self._lanes.mount(served, root), self._loop).result()
-
-    def _changed(self, model: Mounted, before: Mounted | None) -> None:
-        """Called by the switch's thread for each version that answers from now on."""
-        if before is not None:
-            self._loop.call_soon_threadsafe(self._dispatcher.retire, before)
-        if not self._announced:
+    def _changed(self) -> None:
+        if not self._announced and self._health.ready:
             self._announced = True
-            self._loop.call_soon_threadsafe(self._on_ready, self.url)
+            self._on_ready(self.url)
 
     async def _sweep(self) -> None:
         while True:

@@ -38,6 +38,12 @@ class RegistryView(Protocol):
     def alias_version(self, name: str, alias: str, /) -> int | None: ...
 
 
+class RegistryListing(RegistryView, Protocol):
+    """What a catalogue needs besides."""
+
+    def names(self) -> list[str]: ...
+
+
 @dataclass(frozen=True, slots=True)
 class RegistrySource:
     """A reference into a registry: an alias is followed, a number stays as it is.
@@ -72,6 +78,23 @@ class RegistrySource:
 def registry_source(registry: RegistryView, reference: str | Reference) -> RegistrySource:
     """Serve "name", "name@alias" or "name:version" out of a registry."""
     return RegistrySource(registry, Reference.parse(reference) if isinstance(reference, str) else reference)
+
+
+@dataclass(frozen=True, slots=True)
+class RegistryCatalogue:
+    """Every model of a registry, each as its bare name means it: the champion, else the latest version."""
+
+    registry: RegistryListing
+
+    def names(self) -> list[str]:
+        """All of them."""
+        return self.registry.names()
+
+    def source(self, name: str) -> RegistrySource:
+        """Where this model comes from. Raises NotRegistered, or UsageError for what can be no name."""
+        reference = Reference(check_name(name, what="a model name"))
+        self.registry.get(reference)
+        return RegistrySource(self.registry, reference)
 
 
 @dataclass(frozen=True, slots=True)

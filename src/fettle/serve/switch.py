@@ -29,7 +29,8 @@ class Switch:
     mount(served, root): loads and proves a version in every worker, and waits for that; raises ArtifactError.
     on_change(now, before): told of each swap.
     active: None until a first version is proven. problem: why the latest load failed, in words for anyone; None
-    where all is well. attempted: True once a first load has ended, well or not.
+    where all is well; refused: which version that was, where it is known. attempted: True once a first load has
+    ended, well or not.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Switch:
     ) -> None:
         self.active: Mounted | None = None
         self.problem: str | None = None
+        self.refused: int | None = None
         self.attempted = False
         self._source = source
         self._options = options
@@ -51,6 +53,7 @@ class Switch:
         self._mount = mount
         self._on_change = on_change
         self._stop = threading.Event()
+        self._stepping = threading.Lock()
         self._thread = threading.Thread(target=self._follow, name="fettle-switch", daemon=True)
 
     def start(self) -> None:
@@ -69,11 +72,30 @@ class Switch:
 
     def step(self) -> None:
         """Ask the source once, and load what it means if that is not what answers."""
+        with self._stepping:
+            self._step()
+
+    def retry(self) -> None:
+        """Like `step`, and a version that was refused is tried again at once."""
+        with self._stepping:
+            self._retry.forget()
+            self._step()
+
+    def release(self) -> Mounted | None:
+        """Stop following, and return what was held, which answers no more. Waits for a load under way."""
+        self._stop.set()
+        with self._stepping:
+            model, self.active = self.active, None
+        return model
+
+    def _step(self) -> None:
+        if self._stop.is_set():
+            return
         version: int | None = None
         try:
             version = self._source.current()
             if self.active is not None and version == self.active.served.version:
-                self.problem = None
+                self.problem = self.refused = None
                 self._retry.forget()
                 return
             if not self._retry.due(version):
@@ -92,11 +114,11 @@ class Switch:
     def _swap(self, model: Mounted) -> None:
         before = self.active
         self.active = model
-        self.problem = None
+        self.problem = self.refused = None
         self._retry.forget()
         self._metrics.switches.labels("ok").inc()
         now = model.served
-        self._metrics.serving(now.name, str(now.version), now.digest, now.runtime, now.precision)
+        self._metrics.begin(now.name, str(now.version))
         was = before.served.version if before else "nothing"
         _log.info("%s:%d answers now, before it %s", now.name, now.version, was)
         self._on_change(model, before)
@@ -106,7 +128,7 @@ class Switch:
         if version is None and self.problem is not None:
             return
         what = f"version {version} was refused" if version is not None else "the source cannot be asked"
-        self.problem = f"{what}: {reason_of(problem)}"
+        self.problem, self.refused = f"{what}: {reason_of(problem)}", version
         self._metrics.switches.labels("failed").inc()
         if version is not None:
             self._retry.failed(version)
