@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fettle.serve.compare import agreeing_rows, largest_difference
-from fettle.serve.dispatch import Result
+from fettle.serve.jobs import Result
 
 
 def scores(*rows):

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from fettle.core.signature import Signature, TensorSpec
 from fettle.serve import wire
-from fettle.serve.dispatch import Dispatcher, Job, Result
+from fettle.serve.dispatch import Dispatcher
 from fettle.serve.fit import BatchTimes
+from fettle.serve.jobs import Job, Result
 from fettle.serve.lanes import Mounted
 from fettle.serve.metrics import Metrics
 from fettle.serve.model import Served
@@ -534,16 +535,17 @@ def test_a_deadline_that_cannot_be_met_is_refused_at_once():
         model = mounted(times=[(rows, 20.0 + rows) for rows in (1, 2, 4, 8)])
         late = refused(bench, model, within_s=19.5)
         assert late.status == 429
-        assert late.headers == {"retry-after": "2"}
+        assert late.headers == {"retry-after": str(math.ceil(21 - 0.9 * 19.5))}
         assert refused(bench, model, within_s=25.0) is None
         for lane in range(2):
             bench.submit(f"running {lane}", model=model)
             await turn()
         for number in range(32):
             bench.submit(number, model=model)
-        # Four full batches wait for two lanes, and then comes its own.
-        assert refused(bench, model, within_s=3 * 28.0 + 1) is None
-        late = refused(bench, model, within_s=3 * 28.0 - 9.5)
+        # Two batches of one row run, four full ones wait for two lanes, and then comes its own.
+        wait_s = (2 * 21.0 + 4 * 28.0) / 2 + 28.0
+        assert refused(bench, model, within_s=wait_s / 0.9 + 1) is None
+        late = refused(bench, model, within_s=(wait_s - 9.5) / 0.9)
         assert (late.status, late.headers) == (429, {"retry-after": "10"})
         assert b'fettle_requests_shed_total{model="m",version="1"} 2.0' in bench.metrics.render()
         await bench.finish_all()
@@ -569,13 +571,75 @@ def test_a_deadline_that_has_passed_is_refused():
     play(scene)
 
 
+def test_times_learned_in_a_bad_moment_are_doubted_once_nothing_has_run_for_a_second():
+    async def scene(bench):
+        model = mounted(times=[(1, 5.0), (2, 5.5)])
+        assert refused(bench, model, within_s=0.5).status == 429
+        model.times.observed_at -= 2.0
+        assert refused(bench, model, within_s=0.5) is None
+        bench.submit("busy", model=model)
+        await turn()
+        bench.submit("waits", model=model)
+        assert refused(bench, model, within_s=0.5).status == 429
+        await bench.finish_all()
+
+    play(scene)
+
+
+def test_answers_that_come_later_than_expected_make_admission_more_careful():
+    async def scene(bench):
+        model = mounted(times=[(1, 0.001), (8, 0.002)])
+        assert refused(bench, model, within_s=0.1) is None
+        for number in range(20):
+            job = bench.submit(number, model=model)
+            job.queued -= 0.2  # as if it had been queued so long ago
+            await turn()
+            bench.lanes.all[0].finish(took_s=0.001)
+        assert refused(bench, model, within_s=0.1).status == 429
+        assert refused(bench, model, within_s=0.5) is None
+
+    play(scene)
+
+
 # Deadlines
+
+
+def test_what_would_end_too_late_leaves_its_place_to_what_would_not():
+    async def scene(bench):
+        model = mounted(times=[(1, 5.0), (8, 5.001)])
+        bench.submit("busy", model=model)
+        await turn()
+        for number in range(3):
+            bench.submit(f"hopeless {number}", model=model, timeout_s=4.0)
+        bench.submit("in time", model=model, timeout_s=20.0)
+        bench.lanes.all[0].finish(took_s=5.0)
+        await turn()
+        assert [bench.outcomes[f"hopeless {number}"].status for number in range(3)] == [504, 504, 504]
+        await bench.finish_all()
+        assert bench.names() == [["busy"], ["in time"]]
+
+    play(scene)
+
+
+def test_where_all_would_end_too_late_the_last_one_runs_for_estimates_can_be_wrong():
+    async def scene(bench):
+        model = mounted(times=[(1, 5.0), (8, 5.001)])
+        bench.submit("busy", model=model)
+        await turn()
+        for number in range(3):
+            bench.submit(f"hopeless {number}", model=model, timeout_s=4.0)
+        bench.lanes.all[0].finish(took_s=5.0)
+        await turn()
+        await bench.finish_all()
+        assert bench.names() == [["busy"], ["hopeless 2"]]
+
+    play(scene)
 
 
 def test_deadlines_of_queued_and_of_running_jobs_are_kept_within_50_ms():
     async def scene(bench):
         bench.dispatcher.start()
-        model = mounted()
+        model = mounted(times=[(1, 0.001), (8, 0.002)])
         jobs = [bench.submit(f"running {number}", model=model, timeout_s=0.04 + number / 50) for number in range(3)]
         await turn()
         jobs += [bench.submit(f"queued {number}", model=model, timeout_s=0.05 + number / 50) for number in range(4)]

@@ -8,7 +8,7 @@ import numpy as np
 
 from fettle.core.signature import Array
 from fettle.serve.binary import outputs_in
-from fettle.serve.dispatch import Result
+from fettle.serve.jobs import Result
 from fettle.serve.refusal import Refusal
 
 # Reading more of JSON would hold the event loop up.

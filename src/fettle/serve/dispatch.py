@@ -12,10 +12,11 @@ import asyncio
 import logging
 import math
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from fettle.serve import wire
+from fettle.serve.fit import Margin
+from fettle.serve.jobs import Job, Queue, Result
 from fettle.serve.lanes import Lane, Lanes, Mounted
 from fettle.serve.metrics import Metrics
 from fettle.serve.options import ServeOptions
@@ -23,103 +24,10 @@ from fettle.serve.refusal import Refusal
 
 _log = logging.getLogger("fettle.serve")
 _SWEEP_S = 0.01
-
-
-class Result:
-    """What a worker made of one job. content: the answer's bytes, of which `header_bytes` are JSON before tensors.
-
-    probabilities: rows × classes float32, and then statistics, as bytes; empty where nothing is logged.
-    """
-
-    __slots__ = ("classes", "content", "header_bytes", "observed", "rows")
-
-    def __init__(self, content: bytes, header_bytes: int, observed: bytes, rows: int, classes: int) -> None:
-        self.content = content
-        self.header_bytes = header_bytes
-        self.observed = observed
-        self.rows = rows
-        self.classes = classes
-
-
-class Job:
-    """Some rows for one version.
-
-    payload: bytes for the worker, read as `kind` says. rows: as far as the server knows. deadline: on the clock of
-    `time.monotonic`. done: called once, in the event loop, with the result or a Refusal.
-    """
-
-    __slots__ = ("alone", "deadline", "done", "item", "kind", "model", "payload", "queued", "rows", "settled")
-
-    def __init__(
-        self,
-        *,
-        model: Mounted,
-        kind: wire.Kind,
-        item: wire.Item,
-        payload: bytes | memoryview,
-        rows: int,
-        deadline: float,
-        done: Callable[[Result | Refusal], None],
-    ) -> None:
-        self.model = model
-        self.kind = kind
-        self.item = item
-        self.payload = payload
-        self.rows = rows
-        self.deadline = deadline
-        self.done = done
-        self.queued = time.monotonic()
-        # A worker died with it: it goes to another, once, and by itself, for it may be what killed the first.
-        self.alone = False
-        self.settled = False
-
-    def settle(self, outcome: Result | Refusal) -> None:
-        """Tell the outcome, unless one was told before. A client that cannot be told harms no other."""
-        if not self.settled:
-            self.settled = True
-            try:
-                self.done(outcome)
-            except Exception:
-                _log.exception("the answer to request %s cannot be told", self.item.request_id)
-
-    def abandon(self) -> None:
-        """Nobody waits any more."""
-        self.settled = True
-
-
-class _Queue:
-    """The jobs of one version and kind that wait, and their rows."""
-
-    __slots__ = ("jobs", "model", "rows")
-
-    def __init__(self, model: Mounted) -> None:
-        self.model = model
-        self.jobs: deque[Job] = deque()
-        self.rows = 0
-
-    def add(self, job: Job, *, first: bool = False) -> None:
-        if first:
-            self.jobs.appendleft(job)
-        else:
-            self.jobs.append(job)
-        self.rows += job.rows
-
-    def take(self) -> Job:
-        job = self.jobs.popleft()
-        self.rows -= job.rows
-        return job
-
-    def head(self) -> Job | None:
-        """The first job that somebody waits for."""
-        while self.jobs and self.jobs[0].settled:
-            self.take()
-        return self.jobs[0] if self.jobs else None
-
-    def drop_settled(self) -> None:
-        gone = sum(job.rows for job in self.jobs if job.settled)
-        if gone:
-            self.jobs = deque(job for job in self.jobs if not job.settled)
-            self.rows -= gone
+# What is aimed at, of the time that a client gives: the answer has its way to go too.
+_AIM = 0.9
+# After this time without a batch a version's times are doubted.
+_STALE_S = 1.0
 
 
 class Dispatcher:
@@ -130,7 +38,7 @@ class Dispatcher:
         self._options = options
         self._metrics = metrics
         self._observe = observe
-        self._waiting: dict[tuple[int, wire.Kind], _Queue] = {}
+        self._waiting: dict[tuple[int, wire.Kind], Queue] = {}
         self._running: dict[int, list[Job]] = {}
         self._retired: list[Mounted] = []
         self._forgotten: set[int] = set()
@@ -138,6 +46,8 @@ class Dispatcher:
         self._pumping = False
         self._closed = False
         self._sweeper: asyncio.Task[None] | None = None
+        self._margin = Margin()
+        self._ends: dict[int, float] = {}  # when the batch that runs in a lane is expected to end
         lanes.on_done, lanes.on_lost, lanes.on_idle = self._done, self._lost, lambda _: self._wake()
 
     @property
@@ -173,8 +83,11 @@ class Dispatcher:
     def admit(self, model: Mounted, *, deadline: float) -> None:
         """Raise Refusal 429 or 503 where one more row would come too late. Costs microseconds: ask before parsing."""
         self._check_open()
-        late_s = time.monotonic() + self._wait_s(model) - deadline
+        now = time.monotonic()
+        late_s = self._wait_s(model, now) + self._margin.seconds - (deadline - now) * _AIM
         if late_s > 0:
+            if now - model.times.observed_at > _STALE_S and not self.queued_rows:
+                return  # what was learned in a bad moment would otherwise never be unlearned
             self._shed(model)
             raise Refusal(
                 429, "the answer would come too late: try again later", retry_after_s=max(1, math.ceil(late_s))
@@ -187,12 +100,14 @@ class Dispatcher:
         if self._lanes.problem is not None:
             raise _no_worker()
 
-    def _wait_s(self, model: Mounted) -> float:
+    def _wait_s(self, model: Mounted, now: float) -> float:
         """Until a row that comes now is answered: the batches before it, shared by the lanes, and its own.
 
         Every version has batches of its own, as large and as long as its own times say.
         """
         before_s, own_s = 0.0, model.times.seconds(1)
+        if len(self._running) >= self._lanes.living:
+            before_s = sum(max(0.0, self._ends[number] - now) for number in self._running)
         for queue in self._waiting.values():
             if queue.rows:
                 limit = self._limit(queue.model)
@@ -217,15 +132,17 @@ class Dispatcher:
         if self.queued_rows + rows > limit:
             self._shed(jobs[0].model)
             raise Refusal(429, "too many requests are waiting: try again later", retry_after_s=1)
+        expected_s = self._wait_s(jobs[0].model, jobs[0].queued)
         for job in jobs:
+            job.expected_s = expected_s
             self._queue_of(job).add(job)
         self._wake()
 
-    def _queue_of(self, job: Job) -> _Queue:
+    def _queue_of(self, job: Job) -> Queue:
         key = (job.model.key, job.kind)
         found = self._waiting.get(key)
         if found is None:
-            found = self._waiting[key] = _Queue(job.model)
+            found = self._waiting[key] = Queue(job.model)
         return found
 
     # Batches
@@ -246,9 +163,9 @@ class Dispatcher:
             lane, queue = chosen
             self._give(lane, self._take(queue, share=len(idle)))
 
-    def _next(self, idle: list[Lane]) -> tuple[Lane, _Queue] | None:
+    def _next(self, idle: list[Lane]) -> tuple[Lane, Queue] | None:
         """The queue whose head has waited longest, of those that an idle lane can serve."""
-        oldest: tuple[float, Lane, _Queue] | None = None
+        oldest: tuple[float, Lane, Queue] | None = None
         for (key, _), queue in self._waiting.items():
             head = queue.head()
             if head is None or (oldest is not None and head.queued >= oldest[0]):
@@ -261,16 +178,24 @@ class Dispatcher:
     def _limit(self, model: Mounted) -> int:
         return model.times.largest(self._options.max_batch_rows, promise_s=self._options.promise_s)
 
-    def _take(self, queue: _Queue, *, share: int) -> list[Job]:
+    def _take(self, queue: Queue, *, share: int) -> list[Job]:
         """What can run together, oldest first; where several lanes are idle, each gets its part."""
         limit = max(1, min(self._limit(queue.model), math.ceil(queue.rows / share) if share > 1 else 2**31))
+        ends = time.monotonic() + queue.model.times.seconds(min(limit, queue.rows))
         batch: list[Job] = []
+        late: list[Job] = []
         rows = 0
         while (job := queue.head()) is not None:
             if batch and (job.alone or batch[0].alone or rows + job.rows > limit or not job.model.served.row_wise):
                 break
-            batch.append(queue.take())
+            queue.take()
+            if job.deadline < ends and queue.jobs:
+                late.append(job)
+                continue
+            batch.append(job)
             rows += job.rows
+        for job in late:
+            job.settle(_too_late())
         return batch
 
     def _give(self, lane: Lane, batch: list[Job]) -> None:
@@ -294,6 +219,7 @@ class Dispatcher:
             max_rows=options.max_queue_rows,
         )
         self._running[lane.number] = batch
+        self._ends[lane.number] = now + first.model.times.seconds(sum(job.rows for job in batch))
         lane.send(work, [job.payload for job in batch], batch)
 
     def _done(self, lane: Lane, batch: list[Job], report: wire.Done, body: memoryview) -> None:
@@ -305,7 +231,10 @@ class Dispatcher:
         if report.rows:
             model = batch[0].model
             labels = (model.served.name, str(model.served.version))
-            model.times.observe(report.rows, time.monotonic() - lane.busy_since)
+            now = time.monotonic()
+            model.times.observe(report.rows, now - lane.busy_since)
+            if not batch[-1].alone:
+                self._margin.observe(now - batch[-1].queued - batch[-1].expected_s)
             self._metrics.inference_seconds.labels(*labels).observe(report.seconds)
             self._metrics.batch_rows.labels(*labels).observe(report.rows)
         self._wake()
@@ -345,7 +274,7 @@ class Dispatcher:
             now = time.monotonic()
             for job in self._all():
                 if not job.settled and now >= job.deadline:
-                    job.settle(Refusal(504, "no answer before the deadline", retry_after_s=1))
+                    job.settle(_too_late())
             for queue in self._waiting.values():  # what nobody waits for any more takes no room
                 queue.drop_settled()
             for lane in self._lanes.all:
@@ -369,6 +298,10 @@ class Dispatcher:
 
 def _shutting_down() -> Refusal:
     return Refusal(503, "the server is shutting down", retry_after_s=1)
+
+
+def _too_late() -> Refusal:
+    return Refusal(504, "no answer before the deadline", retry_after_s=1)
 
 
 def _no_worker() -> Refusal:

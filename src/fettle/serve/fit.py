@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 
 # Each batch makes those before it count this much less: the last hundred or so decide.
@@ -10,10 +11,12 @@ _MEMORY = 0.99
 _FIXED_SHARE = 0.05
 # So many rows are always worth it: batches that vary are what the fit learns from.
 _AT_LEAST = 8
+# So many answers are averaged over, about.
+_ERRORS = 16
 
 
 class BatchTimes:
-    """Least squares over (rows, seconds) with fading memory.
+    """Least squares over (rows, seconds) with fading memory. observed_at: of the latest batch, monotonic clock.
 
     >>> times = BatchTimes([(1, 0.003), (2, 0.005), (8, 0.017)])
     >>> round(times.per_row_s, 6), round(times.fixed_s, 6), round(times.seconds(4), 6)
@@ -26,6 +29,7 @@ class BatchTimes:
         self._count = self._rows = self._seconds = self._squares = self._products = 0.0
         self.per_row_s = self.fixed_s = 0.0
         self._all_of = 0.0  # rows, where the batches of late had all the same
+        self.observed_at = 0.0
         self._largest: dict[tuple[int, float | None], int] = {}
         for rows, seconds in measured:
             self.observe(rows, seconds)
@@ -37,6 +41,7 @@ class BatchTimes:
         self._seconds = self._seconds * _MEMORY + seconds
         self._squares = self._squares * _MEMORY + rows * rows
         self._products = self._products * _MEMORY + rows * seconds
+        self.observed_at = time.monotonic()
         self._largest.clear()
         self._solve()
 
@@ -71,3 +76,28 @@ class BatchTimes:
         if promise_s is not None:
             best = min(best, int((promise_s - self.fixed_s) / self.per_row_s * (1 + 1e-9)))
         return max(1, min(limit, best))
+
+
+class Margin:
+    """How much later than expected answers may come: the mean of the errors and twice their mean deviation.
+
+    Fading averages, as TCP keeps them to tell a late packet from a lost one (Jacobson, Congestion Avoidance and
+    Control, 1988). Never below 0: what was too careful of late is not made up for.
+
+    >>> margin = Margin()
+    >>> for _ in range(100):
+    ...     margin.observe(0.010)
+    >>> round(margin.seconds, 3)
+    0.01
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._mean = self._deviation = 0.0
+
+    def observe(self, error_s: float) -> None:
+        """Add how long an answer took beyond what was expected of it; negative where it was sooner."""
+        off = error_s - self._mean
+        self._mean += off / _ERRORS
+        self._deviation += (abs(off) - self._deviation) / _ERRORS
+        self.seconds = max(0.0, self._mean + 2.0 * self._deviation)

@@ -6,8 +6,8 @@ import re
 
 from fettle.serve.binary import header_bytes_of
 from fettle.serve.compression import compress
-from fettle.serve.dispatch import Result
 from fettle.serve.http import Request, Response
+from fettle.serve.jobs import Result
 from fettle.serve.refusal import Refusal, quote
 from fettle.serve.wire import Kind
 

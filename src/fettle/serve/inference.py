@@ -10,9 +10,10 @@ from collections.abc import Callable
 from functools import partial
 
 from fettle.serve.compression import decompress
-from fettle.serve.dispatch import Dispatcher, Job, Result
+from fettle.serve.dispatch import Dispatcher
 from fettle.serve.http import Request, Respond, Response
 from fettle.serve.infer import announced_rows, kind_of, respond_with
+from fettle.serve.jobs import Job, Result
 from fettle.serve.lanes import Mounted
 from fettle.serve.models import Deployment
 from fettle.serve.observations import ObservationLog, observation_of

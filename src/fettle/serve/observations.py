@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from fettle.core.observation import SCHEMA
 from fettle.core.signature import Array
 from fettle.core.statistics import STATISTICS
-from fettle.serve.dispatch import Result
+from fettle.serve.jobs import Result
 from fettle.serve.metrics import Metrics
 from fettle.serve.model import Served
 from fettle.serve.options import ServeOptions

@@ -11,7 +11,7 @@ import numpy as np
 
 from fettle.core.signature import ImagePreprocess
 from fettle.serve.answer import Answer
-from fettle.serve.dispatch import Result
+from fettle.serve.jobs import Result
 from fettle.serve.model import ModelFault, Served
 from fettle.serve.multipart import boundary_of, files_in
 from fettle.serve.protocol import decode

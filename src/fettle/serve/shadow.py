@@ -14,7 +14,8 @@ from dataclasses import replace
 from functools import partial
 
 from fettle.serve.compare import agreeing_rows, largest_difference
-from fettle.serve.dispatch import Dispatcher, Job, Result
+from fettle.serve.dispatch import Dispatcher
+from fettle.serve.jobs import Job, Result
 from fettle.serve.lanes import Lanes, Mounted
 from fettle.serve.metrics import Metrics
 from fettle.serve.observations import ObservationLog, observation_of
