@@ -47,13 +47,17 @@ class Dispatcher:
         self._closed = False
         self._sweeper: asyncio.Task[None] | None = None
         self._margin = Margin()
+        self._estimate_s = 0.0  # of the latest admission, which is that of the jobs that are submitted next
         self._ends: dict[int, float] = {}  # when the batch that runs in a lane is expected to end
         lanes.on_done, lanes.on_lost, lanes.on_idle = self._done, self._lost, lambda _: self._wake()
 
     @property
     def queued_rows(self) -> int:
         """Rows that wait now."""
-        return sum(queue.rows for queue in self._waiting.values())
+        rows = 0
+        for queue in self._waiting.values():
+            rows += queue.rows
+        return rows
 
     def start(self) -> None:
         """Begin to watch deadlines."""
@@ -84,7 +88,8 @@ class Dispatcher:
         """Raise Refusal 429 or 503 where one more row would come too late. Costs microseconds: ask before parsing."""
         self._check_open()
         now = time.monotonic()
-        late_s = self._wait_s(model, now) + self._margin.seconds - (deadline - now) * _AIM
+        self._estimate_s = self._wait_s(model, now)
+        late_s = self._estimate_s + self._margin.seconds - (deadline - now) * _AIM
         if late_s > 0:
             if now - model.times.observed_at > _STALE_S and not self.queued_rows:
                 return  # what was learned in a bad moment would otherwise never be unlearned
@@ -132,9 +137,8 @@ class Dispatcher:
         if self.queued_rows + rows > limit:
             self._shed(jobs[0].model)
             raise Refusal(429, "too many requests are waiting: try again later", retry_after_s=1)
-        expected_s = self._wait_s(jobs[0].model, jobs[0].queued)
         for job in jobs:
-            job.expected_s = expected_s
+            job.expected_s = self._estimate_s
             self._queue_of(job).add(job)
         self._wake()
 
