@@ -44,12 +44,17 @@ class Options:
     json: Path | None
 
 
-def parse_options(description: str | None, *, arguments: Sequence[str] | None = None) -> Options:
-    """`--quick` and `--json PATH`, as every benchmark takes them; `arguments` defaults to the command line's."""
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    """`--quick` and `--json PATH`, as every benchmark takes them."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the same code on less work, two minutes or less")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the result here")
-    parsed = parser.parse_args(arguments)
+    return parser
+
+
+def parse_options(description: str | None, *, arguments: Sequence[str] | None = None) -> Options:
+    """What `make_parser` takes and no more; `arguments` defaults to the command line's."""
+    parsed = make_parser(description).parse_args(arguments)
     return Options(quick=parsed.quick, json=parsed.json)
 
 

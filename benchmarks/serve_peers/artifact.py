@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import io
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +13,7 @@ import pyarrow.parquet as pq
 import torch
 from harness import ROOT
 from PIL import Image
+from serve_peers.payloads import Payload
 
 from fettle.compress.capture import export_program
 from fettle.compress.quantize import PostTraining
@@ -41,6 +40,18 @@ class Subject:
     calibration: Sequence[torch.Tensor]
     jpegs: Sequence[bytes]
     note: str
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """The right answers, float64 of shape (images, classes)."""
+
+    logits: Array
+    probabilities: Array
+
+    def of(self, payload: Payload) -> Array:
+        """What answers to this kind of request hold."""
+        return self.logits if payload.logits else self.probabilities
 
 
 def find_subject(*, images: int) -> Subject:
@@ -135,14 +146,32 @@ def describe_task(artifact: Artifact) -> dict[str, Any]:
     }
 
 
-def bodies_of(jpegs: Sequence[bytes]) -> list[bytes]:
-    """The JSON bodies of the requests, each one line."""
-    return [json.dumps({"image": base64.b64encode(jpeg).decode()}).encode() for jpeg in jpegs]
+def save_float(subject: Subject, path: Path) -> None:
+    """The model before quantization, for a peer that runs it operator by operator."""
+    torch.export.save(export_program(subject.model, example(subject)), path)
 
 
-def answer_all(artifact: Artifact, jpegs: Sequence[bytes]) -> list[int]:
-    """The class that the artifact's own runner gives to each image, asked one by one."""
+def preprocess_all(artifact: Artifact, jpegs: Sequence[bytes]) -> Array:
+    """The rows of the images, float32 of shape (images, 3, 32, 32)."""
     image = artifact.manifest.signature.image
     assert image is not None
+    return np.concatenate([preprocess(jpeg, image, max_pixels=MAX_PIXELS) for jpeg in jpegs])
+
+
+def answer_all(artifact: Artifact, rows: Array) -> Expected:
+    """What the artifact's own runner gives, asked row by row."""
     runner = artifact.load()
-    return [int(runner(preprocess(jpeg, image, max_pixels=MAX_PIXELS)).argmax()) for jpeg in jpegs]
+    logits = np.concatenate([runner(row[None]) for row in rows])
+    return expect(artifact.manifest.signature, logits)
+
+
+def answer_all_in_float(subject: Subject, artifact: Artifact, rows: Array) -> Expected:
+    """What the model gives before quantization, row by row."""
+    with torch.inference_mode():
+        logits = np.concatenate([subject.model(torch.from_numpy(row[None])).numpy() for row in rows])
+    return expect(artifact.manifest.signature, logits)
+
+
+def expect(signature: Signature, logits: Array) -> Expected:
+    """Logits with the probabilities that follow from them."""
+    return Expected(logits=logits.astype(np.float64), probabilities=signature.probabilities(logits))

@@ -1,6 +1,7 @@
-"""Runs in `.peers/fastapi`: a `def` handler, which FastAPI runs in its thread pool, under uvicorn with its C parts.
+"""Runs in `.peers/fastapi`: work goes to FastAPI's thread pool, under uvicorn with its C parts.
 
-Answers are typed, so that pydantic writes the JSON in Rust. Workers times threads is the number of cores.
+Predictions are typed, so that pydantic writes the JSON in Rust; tensors are read and written by orjson. Workers times
+threads is the number of cores.
 
 usage: fastapi_server.py PORT WORKERS
 """
@@ -12,8 +13,9 @@ from contextlib import asynccontextmanager
 
 import anyio.to_thread
 import uvicorn
-from classify import from_environment
-from fastapi import FastAPI
+from classify import LENGTH_HEADER, from_environment, read_infer, write_infer
+from fastapi import FastAPI, Request, Response
+from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel, Field
 
 THREADS = max(1, len(os.sched_getaffinity(0)) // int(sys.argv[2]))
@@ -46,6 +48,21 @@ def predict(question: Question) -> Answer:
     classifier = app.state.classifier
     row = classifier.decode(question.image)
     return Answer.model_validate(classifier.answer(classifier.infer(row[None])[0]))
+
+
+@app.post("/v2/models/resnet20/infer")
+async def infer(request: Request) -> Response:
+    return await run_in_threadpool(answer, await request.body(), request.headers.get(LENGTH_HEADER))
+
+
+def answer(body: bytes, length: str | None) -> Response:
+    content, headers = write_infer(app.state.classifier.infer(read_infer(body, length)), binary=length is not None)
+    return Response(content, headers=headers)
+
+
+@app.get("/ready")
+async def ready() -> bool:
+    return True
 
 
 if __name__ == "__main__":

@@ -11,18 +11,18 @@ import json
 import shutil
 import statistics
 import subprocess
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from serve_peers.payloads import Judge, Payload
 
 ROTATE = Path(__file__).with_name("rotate.lua")
 HOW_TO_GET_WRK = "the built-in generator stood in, which takes more of the cores: apt-get install -y wrk"
 # A request this old when the time is up counts as broken: the server has lost it.
 LOST_S = 2.0
-
-# The number of a body, and the body of its answer; True where the answer is right.
-Judge = Callable[[int, bytes], bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,18 +44,22 @@ class Load:
         return self.answered / self.seconds
 
 
-def generate(port: int, bodies: Path, *, connections: int, seconds: float) -> Load:
+def generate(port: int, payload: Payload, *, connections: int, seconds: float) -> Load:
     """The best generator there is on this machine."""
     if shutil.which("wrk"):
-        return run_wrk(port, bodies, connections=connections, seconds=seconds)
-    return asyncio.run(drive(port, bodies.read_bytes().splitlines(), connections=connections, seconds=seconds))
+        return run_wrk(port, payload, connections=connections, seconds=seconds)
+    return asyncio.run(drive(port, payload.requests(), connections=connections, seconds=seconds))
 
 
-def run_wrk(port: int, bodies: Path, *, connections: int, seconds: float) -> Load:
-    """wrk with one thread; `bodies` holds one JSON body a line. `seconds` is rounded up to whole ones."""
+def run_wrk(port: int, payload: Payload, *, connections: int, seconds: float) -> Load:
+    """wrk with one thread. `seconds` is rounded up to whole ones."""
     command = ["wrk", "-t1", f"-c{connections}", f"-d{-int(-seconds // 1)}s", "--timeout", "5s", "-s", str(ROTATE)]
-    command += [f"http://127.0.0.1:{port}/predict", "--", str(bodies)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds + 30, check=True)
+    with tempfile.TemporaryDirectory() as folder:
+        bodies = Path(folder, "bodies")
+        payload.write(bodies)
+        headers = [part for header in payload.headers.items() for part in header]
+        command += [f"http://127.0.0.1:{port}{payload.path}", "--", str(bodies), *headers]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds + 30, check=True)
     return parse_wrk(done.stdout, connections=connections)
 
 
@@ -77,10 +81,13 @@ def parse_wrk(output: str, *, connections: int) -> Load:
 
 
 async def drive(
-    port: int, bodies: Sequence[bytes], *, connections: int, seconds: float, judge: Judge | None = None
+    port: int, requests: Sequence[bytes], *, connections: int, seconds: float, judge: Judge | None = None
 ) -> Load:
-    """Load from this process; connections that break are opened anew. Answers that come too late are not counted."""
-    tally = Tally([request_of(body) for body in bodies], judge)
+    """Load from this process; connections that break are opened anew. Answers that come too late are not counted.
+
+    requests: whole HTTP requests, sent in turn.
+    """
+    tally = Tally(requests, judge)
     tally.end = time.perf_counter() + seconds
     started = time.perf_counter()
     clients = [asyncio.create_task(keep_connected(port, tally)) for _ in range(connections)]
@@ -146,12 +153,6 @@ def percentiles(values: Sequence[float]) -> tuple[float, float]:
         return (values[0], values[0]) if values else (float("inf"), float("inf"))
     cuts = statistics.quantiles(values, n=100, method="inclusive")
     return cuts[49], cuts[98]
-
-
-def request_of(body: bytes) -> bytes:
-    """The whole HTTP request."""
-    head = f"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-    return head.encode() + b"\r\n\r\n" + body
 
 
 async def keep_connected(port: int, tally: Tally) -> None:

@@ -1,14 +1,21 @@
--- wrk: each thread sends the bodies of a file, one a line, in turn; at the end one line of JSON.
--- usage: wrk ... -s rotate.lua URL -- BODIES
+-- wrk: each thread sends the bodies of a file in turn, each behind its length; at the end one line of JSON.
+-- usage: wrk ... -s rotate.lua URL -- BODIES [NAME VALUE]...
 
 local requests, turn = {}, 0
 
 function init(arguments)
   wrk.method = "POST"
-  wrk.headers["Content-Type"] = "application/json"
-  for body in io.lines(arguments[1]) do
-    requests[#requests + 1] = wrk.format(nil, nil, nil, body)
+  for index = 2, #arguments, 2 do
+    wrk.headers[arguments[index]] = arguments[index + 1]
   end
+  local file = assert(io.open(arguments[1], "rb"))
+  while true do
+    local size = file:read(4)
+    if not size then break end
+    local a, b, c, d = size:byte(1, 4)
+    requests[#requests + 1] = wrk.format(nil, nil, nil, file:read(((a * 256 + b) * 256 + c) * 256 + d))
+  end
+  file:close()
 end
 
 function request()

@@ -7,31 +7,84 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 
-# Judging and telling
+
+@pytest.fixture
+def turns() -> ModuleType:
+    return importlib.import_module("serve_turns")
 
 
-@pytest.mark.parametrize(
-    ("body", "right"),
-    [(b'{"index": 3}', True), (b'{"index": 4}', False), (b"{}", False), (b"[]", False), (b"nonsense", False)],
-)
-def test_an_answer_is_right_by_its_index(serve: ModuleType, body: bytes, right: bool) -> None:
-    assert serve.judge_by([9, 3])(1, body) is right
+@pytest.fixture
+def claims() -> ModuleType:
+    return importlib.import_module("serve_claims")
 
 
-def load(serve: ModuleType, per_s: float, **changes: Any) -> Any:
-    plain = serve.Load(
+@pytest.fixture
+def tables() -> ModuleType:
+    return importlib.import_module("serve_tables")
+
+
+@pytest.fixture
+def systems() -> ModuleType:
+    return importlib.import_module("serve_peers.systems")
+
+
+# The command line
+
+
+def test_everything_is_measured_unless_the_command_line_says_less(serve: ModuleType) -> None:
+    assert serve.parse("d", arguments=[]) == serve.ServeBenchOptions(quick=False, json=None)
+    given = serve.parse("d", arguments=["--quick", "--payload", "binary", "--payload", "image", "--peer", "Ray"])
+    assert (given.quick, given.payloads, given.peers, given.install) == (True, ("image", "binary"), ("Ray",), False)
+    with pytest.raises(SystemExit):
+        serve.parse("d", arguments=["--payload", "xml"])
+
+
+@pytest.mark.parametrize(("failed", "code"), [({}, 0), ({"Ray Serve": "no such version"}, 1)])
+def test_peers_can_be_installed_without_measuring(
+    serve: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    failed: dict[str, str],
+    code: int,
+) -> None:
+    monkeypatch.setattr(serve, "install_peers", lambda: failed)
+    assert serve.main(serve.parse("d", arguments=["--install-peers"])) == code
+    assert ("missing: Ray Serve: no such version" in capsys.readouterr().out) is bool(failed)
+
+
+# Invented findings
+
+
+def load(turns: ModuleType, per_s: float, **changes: Any) -> Any:
+    plain = turns.Load(
         connections=32, seconds=2.0, answered=int(2 * per_s), refused=0, broken=0, p50_ms=1.0, p99_ms=2.0
     )
     return replace(plain, **changes)
 
 
-def turn(serve: ModuleType, per_s: float = 1000.0, **changes: Any) -> Any:
-    checked, few, many = load(serve, 500), load(serve, 300), load(serve, per_s)
-    plain = serve.Turn(
-        checked=checked, few=few, many=many, ready_s=0.5, cpu_s=1.0, memory_bytes=2**20, elsewhere_cores=0.0,
-        ending=serve.Ending(code=0, left=0),
+def part(turns: ModuleType, per_s: float = 1000.0, **changes: Any) -> Any:
+    checked, few, many = load(turns, 500), load(turns, 300), load(turns, per_s)
+    return replace(turns.Part(checked, few, many, cpu_s=1.0, elsewhere_cores=0.0), **changes)
+
+
+def opened(turns: ModuleType, factor: float = 2.0, capacity: float = 1000.0, **changes: Any) -> Any:
+    """A second of load of which 90 % of the capacity is in time and the rest shed."""
+    counts = {"good": 900, "late": 0, "shed": 1100, "refused": 0, "broken": 0, "unanswered": 0}
+    counts |= {name: value for name, value in changes.items() if name in counts}
+    found = turns.OpenLoad(
+        rate_per_s=factor * capacity, seconds=1.0, sent=2000, **counts, p50_ms=50.0, p99_ms=90.0, shed_p50_ms=0.5,
+        shed_p99_ms=changes.get("shed_p99_ms", 2.0), lag_p99_ms=1.0, cpu_s=0.1,
+    )  # fmt: skip
+    return turns.Open(factor, capacity, found, judged=10, wrong=changes.get("wrong", 0))
+
+
+def turn(turns: ModuleType, per_s: float = 1000.0, **changes: Any) -> Any:
+    plain = turns.Turn(
+        parts={"image": part(turns, per_s)}, opened=(), ready_s=0.5, first_s=0.6, memory_bytes=2**20,
+        ending=turns.Ending(code=0, left=0),
     )  # fmt: skip
     return replace(plain, **changes)
 
@@ -39,113 +92,202 @@ def turn(serve: ModuleType, per_s: float = 1000.0, **changes: Any) -> Any:
 OURS = {"fettle", "fettle, OpenVINO"}
 
 
-@pytest.mark.parametrize(("ours", "holds"), [(1000.0, True), (1001.0, True), (999.0, False)])
-def test_the_speed_claim_needs_the_best_peer(serve: ModuleType, ours: float, holds: bool) -> None:
-    turns = {
-        "fettle": [turn(serve, ours)],
-        "fettle, OpenVINO": [turn(serve, 5000)],
-        "slow": [turn(serve, 10)],
-        "best": [turn(serve, 900), turn(serve, 1000), turn(serve, 5000)],
-    }
-    claim = serve.claim_fast(turns, OURS)
+@pytest.mark.parametrize(
+    ("ours", "p99_ms", "holds"), [(2500.0, 2.0, True), (2501.0, 1.0, True), (2499.0, 1.0, False), (9000.0, 2.1, False)]
+)
+def test_the_speed_claim_needs_a_multiple_of_the_best_peer_and_the_lowest_p99_of_any(
+    turns: ModuleType, claims: ModuleType, ours: float, p99_ms: float, holds: bool
+) -> None:
+    found = turns.Findings(
+        {
+            "fettle": [turn(turns, parts={"image": part(turns, many=load(turns, ours, p99_ms=p99_ms))})],
+            "fettle, OpenVINO": [turn(turns, 5000)],
+            "calm": [turn(turns, 10)],
+            "best": [
+                turn(turns, parts={"image": part(turns, many=load(turns, rate, p99_ms=9.0))})
+                for rate in (900, 1000, 5000)
+            ],
+        }
+    )
+    claim = claims.claim_fast(found, OURS, "image")
     assert claim.holds is holds
-    assert f"fettle {ours:.0f} requests/s" in claim.figures
-    assert "(best, 1000)" in claim.figures
+    assert f"image: {ours:.0f} requests/s" in claim.figures
+    assert "the best peer (best, 1000)" in claim.figures
+    assert "(lowest of a peer: calm, 2.0)" in claim.figures
 
 
 @pytest.mark.parametrize("present", [(), ("fettle",), ("peer",), ("fettle, OpenVINO", "peer")])
-def test_no_comparison_is_no_claim_kept(serve: ModuleType, present: tuple[str, ...]) -> None:
-    assert not serve.claim_fast({name: [turn(serve)] for name in present}, OURS).holds
+def test_no_comparison_is_no_claim_kept(turns: ModuleType, claims: ModuleType, present: tuple[str, ...]) -> None:
+    found = turns.Findings({name: [turn(turns)] for name in present})
+    assert not claims.claim_fast(found, OURS, "image").holds
+    assert not claims.claim_fast(found, OURS, "binary").holds
 
 
-def test_the_right_claim_holds_where_nothing_is_wrong(serve: ModuleType) -> None:
-    claim = serve.claim_right({"fettle": [turn(serve)], "peer": [turn(serve)]}, OURS)
+def test_the_right_claim_holds_where_nothing_is_wrong(turns: ModuleType, claims: ModuleType) -> None:
+    both = {"fettle": [turn(turns, opened=[opened(turns)])], "peer": [turn(turns)]}
+    claim = claims.claim_right(turns.Findings(both), OURS)
     assert claim.holds
-    assert claim.figures == "fettle 0 errors in 3600 requests, 0 wrong of 1000 judged"
+    assert claim.figures == "fettle 0 errors in 3600 requests, 0 wrong of 1010 judged"
 
 
-@pytest.mark.parametrize("part", ["checked", "few", "many"])
+@pytest.mark.parametrize("half", ["checked", "few", "many"])
 @pytest.mark.parametrize("fault", ["refused", "broken"])
 @pytest.mark.parametrize(("name", "holds"), [("fettle", False), ("fettle, OpenVINO", False), ("peer", True)])
 def test_the_right_claim_falls_with_any_error_of_ours(
-    serve: ModuleType, part: str, fault: str, name: str, holds: bool
+    turns: ModuleType, claims: ModuleType, half: str, fault: str, name: str, holds: bool
 ) -> None:
-    turns = {other: [turn(serve), turn(serve)] for other in ("fettle", "fettle, OpenVINO", "peer")}
-    turns[name][1] = turn(serve, **{part: load(serve, 500, **{fault: 1})})
-    assert turns[name][1].errors == 1
-    assert serve.claim_right(turns, OURS).holds is holds
+    found = {other: [turn(turns), turn(turns)] for other in ("fettle", "fettle, OpenVINO", "peer")}
+    bad = part(turns, **{half: load(turns, 500, **{fault: 1})})
+    found[name][1] = turn(turns, parts={"image": part(turns), "json": bad})
+    assert found[name][1].errors == 1
+    assert claims.claim_right(turns.Findings(found), OURS).holds is holds
 
 
+@pytest.mark.parametrize("where", ["closed", "open"])
 @pytest.mark.parametrize("name", ["fettle", "fettle, OpenVINO", "peer"])
-def test_the_right_claim_falls_with_one_wrong_answer_of_anyone(serve: ModuleType, name: str) -> None:
-    turns = {other: [turn(serve)] for other in ("fettle", "fettle, OpenVINO", "peer")}
-    turns[name] = [turn(serve, checked=load(serve, 500, wrong=1))]
-    claim = serve.claim_right(turns, OURS)
+def test_the_right_claim_falls_with_one_wrong_answer_of_anyone(
+    turns: ModuleType, claims: ModuleType, name: str, where: str
+) -> None:
+    found = {other: [turn(turns)] for other in ("fettle", "fettle, OpenVINO", "peer")}
+    bad = part(turns, checked=load(turns, 500, wrong=1))
+    stray = {"parts": {"image": bad}} if where == "closed" else {"opened": [opened(turns, wrong=1)]}
+    found[name] = [turn(turns, **stray)]
+    claim = claims.claim_right(turns.Findings(found), OURS)
     assert not claim.holds
     assert ("1 wrong of" in claim.figures) or ("peer 1 wrong" in claim.figures)
 
 
-def test_nothing_judged_is_nothing_right(serve: ModuleType) -> None:
-    assert not serve.claim_right({}, OURS).holds
-    assert not serve.claim_right({"peer": [turn(serve)]}, OURS).holds
-    assert not serve.claim_right({"fettle": [turn(serve, checked=load(serve, 0))]}, OURS).holds
+def test_nothing_judged_is_nothing_right(turns: ModuleType, claims: ModuleType) -> None:
+    silent = turn(turns, parts={"image": part(turns, checked=load(turns, 0))})
+    for found in ({}, {"peer": [turn(turns)]}, {"fettle": [silent]}):
+        assert not claims.claim_right(turns.Findings(found), OURS).holds
 
 
-def test_tables_have_a_row_for_each_system_and_the_spread_of_its_rounds(serve: ModuleType) -> None:
-    turns = {"fettle": [turn(serve, rate) for rate in (900, 1000, 1300)], "peer": [turn(serve, cpu_s=3.0)]}
-    table = serve.tabulate_load(turns, note="noise", rounds=3)
-    assert table.rows[0][:2] == ("fettle", "1000 (900–1300)")
-    assert table.rows[0][-2:] == ("0", "0 of 3000")
-    assert "noise" in table.title
-    assert "median of 3 rounds" in table.title
-    cost = serve.tabulate_cost(turns)
-    assert cost.rows[1] == ("peer", "1.50", "1", "0.50", "ended, code 0", "0.00")
+@pytest.mark.parametrize(("limit", "holds"), [([1000.0, 1428.0, 9000.0], True), ([1430.0], False), ([], False)])
+def test_the_limit_claim_needs_seven_tenths_of_what_the_cores_could_do(
+    turns: ModuleType, claims: ModuleType, limit: list[float], holds: bool
+) -> None:
+    found = turns.Findings({"fettle": [turn(turns, 1000)]}, {"image": limit})
+    assert claims.claim_near_limit(found, "image").holds is holds
+    assert not claims.claim_near_limit(turns.Findings({}, {"image": limit}), "image").holds
+
+
+@pytest.mark.parametrize(
+    ("changes", "holds"),
+    [
+        ({}, True),
+        ({"good": 899}, False),
+        ({"shed": 1080, "late": 20}, True),
+        ({"shed": 1070, "late": 30}, False),
+        ({"shed": 1070, "unanswered": 30}, False),
+        ({"shed": 1070, "refused": 30}, False),
+        ({"shed": 1070, "broken": 30}, False),
+        ({"shed_p99_ms": 5.0}, False),
+        ({"factor": 1.5}, False),
+    ],
+)
+def test_the_overload_claim_needs_goodput_and_prompt_refusals(
+    turns: ModuleType, claims: ModuleType, changes: dict[str, Any], holds: bool
+) -> None:
+    found = turns.Findings({"fettle": [turn(turns, opened=[opened(turns, **changes)])]})
+    assert claims.claim_overload(found).holds is holds
+
+
+@pytest.mark.parametrize(("ready_s", "holds"), [(0.99, True), (1.0, False)])
+def test_the_start_claim_needs_less_than_a_second(
+    turns: ModuleType, claims: ModuleType, ready_s: float, holds: bool
+) -> None:
+    assert claims.claim_start(turns.Findings({"fettle": [turn(turns, ready_s=ready_s)]})).holds is holds
+    assert not claims.claim_start(turns.Findings({})).holds
+
+
+def test_tables_have_a_row_for_each_system_and_the_spread_of_its_rounds(turns: ModuleType, tables: ModuleType) -> None:
+    slow = {"image": part(turns, cpu_s=3.0)}
+    found = turns.Findings(
+        {
+            "fettle": [turn(turns, rate, opened=[opened(turns)]) for rate in (900, 1000, 1300)],
+            "peer": [turn(turns, parts=slow)],
+        },
+        {"image": [4000.0, 6000.0]},
+    )
+    closed, cost, beyond = tables.tables(found, note="noise", rounds=3)
+    assert closed.rows[0][:2] == ("fettle", "1000 (900–1300)")
+    assert closed.rows[0][-2:] == ("0", "0 of 3000")
+    assert closed.rows[2][:2] == ("decoding and inference alone", "5000 (4000–6000)")
+    assert "noise" in closed.title
+    assert "median of 3 rounds" in closed.title
+    assert cost.rows[1] == ("peer", "1.50", "1", "0.50", "0.60", "ended, code 0", "0.00")
+    assert [row[:6] for row in beyond.rows] == [("fettle", "2 ×", "2000", "900", "90%", "55.0%")]
+    assert tables.tables(turns.Findings({}), note="noise", rounds=1)[0].rows == ()
 
 
 @pytest.mark.parametrize(("elsewhere", "told"), [(0.0, False), (0.05, False), (0.1, True), (1.3, True)])
-def test_a_busy_machine_is_told(serve: ModuleType, elsewhere: float, told: bool) -> None:
-    turns = {"fettle": [turn(serve, elsewhere_cores=elsewhere)], "peer": [turn(serve, elsewhere_cores=elsewhere)]}
-    title = serve.tabulate_load(turns, note="noise", rounds=1).title
+def test_a_busy_machine_is_told(turns: ModuleType, tables: ModuleType, elsewhere: float, told: bool) -> None:
+    busy = turn(turns, parts={"image": part(turns, elsewhere_cores=elsewhere)})
+    title = tables.tabulate_load(turns.Findings({"fettle": [busy]}), "image", note="noise", rounds=1).title
     assert (f"other work took {elsewhere:.1f} of the cores" in title) is told
-    assert "NOT" not in serve.tabulate_load({}, note="noise", rounds=1).title
+
+
+# Rounds and peers
 
 
 def test_rounds_begin_with_another_system_and_a_failing_one_is_named_and_left_out(
-    serve: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    turns: ModuleType, systems: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order: list[str] = []
 
     def take(system: Any, folder: Path, **_: Any) -> Any:
         order.append(system.name)
         if system.name == "b" and len(order) > 3:
-            raise serve.ServerFailed("it ended with code 1: out of memory")
-        return turn(serve)
+            raise turns.ServerFailed("it ended with code 1: out of memory")
+        return turn(turns)
 
-    monkeypatch.setattr(serve, "take_turn", take)
-    systems = [serve.System(name, serve.Launch(()), ()) for name in "abc"]
+    monkeypatch.setattr(turns, "take_turn", take)
+    found = [systems.System(name, turns.Server, {}, None) for name in "abc"]
     missing = {"c2": "not installed"}
-    effort = replace(serve.QUICK, rounds=3)
-    turns = serve.measure(systems, tmp_path, effort=effort, cores={0}, missing=missing)
+    effort = replace(turns.QUICK, rounds=3)
+    field = systems.Field(found, None, "noise")
+    options: dict[str, Any] = {"kinds": ("image",), "effort": effort, "cores": {0}}
+    measured = turns.measure(field, tmp_path, missing=missing, **options)
     assert order == ["a", "b", "c", "b", "c", "a", "c", "a"]
-    assert {name: len(found) for name, found in turns.items()} == {"a": 3, "c": 3}
+    assert {name: len(taken) for name, taken in measured.turns.items()} == {"a": 3, "c": 3}
     assert missing == {"c2": "not installed", "b": "round 2: it ended with code 1: out of memory"}
-    assert serve.measure([], tmp_path, effort=effort, cores={0}, missing={}) == {}
+    assert turns.measure(systems.Field([], None, ""), tmp_path, missing={}, **options).turns == {}
 
 
-def test_a_peer_that_cannot_be_installed_is_named(
-    serve: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_peer_that_is_not_wanted_or_cannot_be_installed_is_named(
+    systems: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def peer_python(name: str) -> Path:
         if name == "litserve":
-            raise serve.PeerMissing("no such version")
+            raise systems.PeerMissing("no such version")
         return Path("/usr/bin/python")
 
-    monkeypatch.setattr(serve, "peer_python", peer_python)
+    monkeypatch.setattr(systems, "peer_python", peer_python)
     missing: dict[str, str] = {}
-    systems = serve.build_peers(tmp_path, (1, 2), missing=missing)
-    assert [system.name for system in systems] == ["FastAPI + uvicorn, 1 worker", "FastAPI + uvicorn, 2 workers"]
-    assert missing == {"LitServe": "no such version"}
-    assert not any(system.ours for system in systems)
+    images = systems.Images([b"jpeg"], np.zeros((1, 3, 2, 2), np.float32))
+    right, in_float = object(), object()
+    found = systems.build_peers(
+        tmp_path, images, right, in_float=in_float, wanted=("fastapi", "LitServe", "flask"), missing=missing
+    )
+    assert [(one.name, one.expected is right) for one in found] == [
+        ("FastAPI + uvicorn, 1 worker", True),
+        ("FastAPI + uvicorn, 2 workers", True),
+        ("Flask + gunicorn, torch eager", False),
+    ]
+    assert missing == {"LitServe": "no such version"} | dict.fromkeys(
+        ("BentoML", "MLServer", "Ray Serve"), "not asked for"
+    )
+    assert not any(one.ours for one in found)
+    assert systems.install_peers() == {"LitServe": "no such version"}
+
+
+def test_every_peer_has_a_script_and_pinned_requirements(systems: ModuleType) -> None:
+    harness = importlib.import_module("harness")
+    for peer in systems.PEERS:
+        assert (systems.SCRIPTS / peer.script).is_file()
+        lines = (harness.REQUIREMENTS / f"{peer.environment}.txt").read_text().splitlines()
+        assert all(line.startswith("#") or "==" in line for line in lines)
 
 
 # The real thing, without the data
@@ -153,32 +295,39 @@ def test_a_peer_that_cannot_be_installed_is_named(
 
 @pytest.mark.slow
 def test_a_turn_of_fettle_itself_on_invented_weights(
-    serve: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    turns: ModuleType, systems: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def absent(name: str) -> Path:
-        raise serve.PeerMissing("not wanted here")
-
+    compute = importlib.import_module("serve_peers.compute")
     monkeypatch.setenv("FETTLE_DATA", str(tmp_path / "nothing"))
-    monkeypatch.setattr(serve, "peer_python", absent)
-    monkeypatch.setattr(serve, "generate", in_process(importlib.import_module("serve_peers.generators")))
+    monkeypatch.setattr(turns, "generate", in_process(importlib.import_module("serve_peers.generators")))
     missing: dict[str, str] = {}
-    systems, note = serve.build(tmp_path, missing=missing)
-    assert "random weights" in note
-    assert missing.keys() == {"FastAPI + uvicorn", "LitServe"}
-    logged = systems[1]
-    assert logged.name == "fettle, with prediction log"
-    effort = serve.Effort(rounds=1, check_s=0.5, few_s=0.2, many_s=0.3)
-    found = serve.take_turn(logged, tmp_path, effort=effort, cores=set(os.sched_getaffinity(0)))
-    assert found.checked.answered > 0
-    assert (found.errors, found.checked.wrong) == (0, 0)
-    assert found.ending == serve.Ending(code=0, left=0)
-    assert found.cpu_s_per_1000 > 0
+    kinds = ("image", "json", "binary")
+    field = systems.build(tmp_path, kinds=kinds, peers=("none",), missing=missing)
+    assert "random weights" in field.note
+    assert missing == dict.fromkeys([peer.name for peer in systems.PEERS], "not asked for")
+    fettle, logged = field.systems[:2]
+    assert (fettle.name, logged.name) == ("fettle", "fettle, with prediction log")
+    effort = replace(turns.QUICK, check_s=0.4, few_s=0.2, many_s=0.3, open_s=0.3, factors=(2.0,))
+    cores = set(os.sched_getaffinity(0))
+    found = turns.take_turn(fettle, tmp_path, effort=effort, cores=cores)
+    assert list(found.parts) == list(kinds)
+    assert all(part.checked.answered > 0 and part.cpu_s_per_1000 > 0 for part in found.parts.values())
+    assert (found.errors, found.wrong) == (0, 0)
+    assert found.ending == turns.Ending(code=0, left=0)
+    (beyond,) = found.opened
+    assert beyond.load.good + beyond.load.shed > 0
+    assert (beyond.load.broken, beyond.load.unanswered) == (0, 0)
+    found = turns.take_turn(logged, tmp_path, effort=effort, cores=cores)
+    assert (list(found.parts), found.errors, found.opened) == (["image"], 0, [])
     assert any((tmp_path / "observations").rglob("*.parquet"))
+    assert field.artifact is not None
+    limit = compute.measure_limit(field.artifact, tmp_path, kinds=kinds, processes=2, seconds=0.05)
+    assert limit.keys() == set(kinds)
+    assert all(rows > 0 for rows in limit.values())
 
 
 def in_process(generators: ModuleType) -> Callable[..., Any]:
-    def generate(port: int, bodies: Path, *, connections: int, seconds: float) -> Any:
-        content = bodies.read_bytes().splitlines()
-        return asyncio.run(generators.drive(port, content, connections=connections, seconds=seconds))
+    def generate(port: int, payload: Any, *, connections: int, seconds: float) -> Any:
+        return asyncio.run(generators.drive(port, payload.requests(), connections=connections, seconds=seconds))
 
     return generate

@@ -65,6 +65,21 @@ class Quiet(ThreadingHTTPServer):
         """Clients that go away in the middle are what is tested."""
 
 
+def request_of(body: dict[str, Any]) -> bytes:
+    """A whole request of this body as JSON."""
+    content = json.dumps(body).encode()
+    return f"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n".encode() + content
+
+
+def payload_of(*bodies: bytes) -> Any:
+    payloads = importlib.import_module("serve_peers.payloads")
+    return payloads.Payload("image", "/predict", bodies, payloads.read_prediction)
+
+
+def judge_by(indices: list[int]) -> Callable[[int, bytes], bool]:
+    return lambda number, body: json.loads(body)["index"] == indices[number]
+
+
 @contextmanager
 def echo() -> Iterator[int]:
     with Quiet(("127.0.0.1", 0), Echo) as server:
@@ -81,7 +96,7 @@ def echo() -> Iterator[int]:
 
 def run_drive(generators: ModuleType, bodies: list[dict[str, Any]], *, seconds: float = 0.3, **options: Any) -> Any:
     with echo() as port:
-        encoded = [json.dumps(body).encode() for body in bodies]
+        encoded = [request_of(body) for body in bodies]
         return asyncio.run(generators.drive(port, encoded, **{"connections": 4, "seconds": seconds, **options}))
 
 
@@ -96,12 +111,12 @@ def test_good_answers_are_counted_and_timed(generators: ModuleType) -> None:
     assert load.per_s == pytest.approx(load.answered / load.seconds)
 
 
-def test_a_judge_sees_the_number_of_each_body_with_its_answer(generators: ModuleType, serve: ModuleType) -> None:
+def test_a_judge_sees_the_number_of_each_body_with_its_answer(generators: ModuleType) -> None:
     bodies = [{"index": index} for index in (5, 6, 7)]
-    right = run_drive(generators, bodies, judge=serve.judge_by([5, 6, 7]))
+    right = run_drive(generators, bodies, judge=judge_by([5, 6, 7]))
     assert right.answered > 10
     assert right.wrong == 0
-    half = run_drive(generators, bodies, judge=serve.judge_by([5, 0, 7]))
+    half = run_drive(generators, bodies, judge=judge_by([5, 0, 7]))
     assert 0.25 < half.wrong / half.answered < 0.42
 
 
@@ -136,7 +151,7 @@ def test_a_request_that_is_never_answered_is_broken(generators: ModuleType, monk
 
 def test_nobody_listening_is_broken_not_an_exception(generators: ModuleType, processes: ModuleType) -> None:
     port = processes.free_port()
-    load = asyncio.run(generators.drive(port, [b"{}"], connections=2, seconds=0.1))
+    load = asyncio.run(generators.drive(port, [request_of({})], connections=2, seconds=0.1))
     assert load.answered == 0
     assert load.broken >= 2
 
@@ -206,11 +221,10 @@ def test_wrk_output_without_its_line_is_an_error(generators: ModuleType, output:
 
 
 @pytest.mark.parametrize("connections", [1, 4])
-def test_wrk_itself_rotates_over_the_bodies(generators: ModuleType, tmp_path: Path, connections: int) -> None:
+def test_wrk_itself_rotates_over_the_bodies(generators: ModuleType, connections: int) -> None:
     if generators.shutil.which("wrk") is None:
         pytest.skip("wrk is not installed")
-    bodies = tmp_path / "bodies"
-    bodies.write_text('{"index": 1}\n{"index": 2, "status": 503}\n')
+    bodies = payload_of(b'{"index": 1}', b'{"index": 2,\n "status": 503}')
     with echo() as port:
         load = generators.generate(port, bodies, connections=connections, seconds=1)
     assert load.answered > 10
@@ -218,12 +232,9 @@ def test_wrk_itself_rotates_over_the_bodies(generators: ModuleType, tmp_path: Pa
     assert load.broken == 0
 
 
-def test_without_wrk_the_built_in_generator_measures(
-    generators: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_wrk_the_built_in_generator_measures(generators: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generators.shutil, "which", lambda name: None)
-    bodies = tmp_path / "bodies"
-    bodies.write_text('{"index": 1}\n')
+    bodies = payload_of(b'{"index": 1}')
     with echo() as port:
         load = generators.generate(port, bodies, connections=2, seconds=0.2)
     assert load.answered > 5
@@ -237,6 +248,7 @@ import http.server, sys
 class Answer(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         self.send_response(200); self.send_header("Content-Length", "0"); self.end_headers()
+    do_GET = do_POST
     def log_message(self, *_): pass
 def serve():
     http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Answer).serve_forever()
@@ -269,39 +281,45 @@ def test_whatever_a_server_does_nothing_outlives_its_stop(
     processes: ModuleType, start: Callable[[str], Any], code: str, ending: tuple[int | None, int]
 ) -> None:
     server = start(code)
-    server.wait_ready(b"{}", limit_s=20)
-    assert 0 < server.ready_s < 20
+    server.wait_ready(payload_of(b"{}"), limit_s=20)
+    assert 0 < server.ready_s <= server.first_s < 20
     assert server.cpu_s() > 0
     assert server.memory_bytes() > 2**20
     grace_s = 0.2 if ending[0] is None else 10
     found = server.stop(grace_s=grace_s, orphan_grace_s=0.1)
     assert (found.code, found.left) == ending
-    assert processes.processes_in(server.session) == []
+    assert processes.processes_with(server.mark) == []
 
 
 def test_a_server_that_ends_is_told_with_its_last_words(start: Callable[[str], Any], processes: ModuleType) -> None:
     server = start("import sys; print('one'); sys.exit('no such model')")
     with pytest.raises(processes.ServerFailed, match="ended with code 1: no such model"):
-        server.wait_ready(b"{}", limit_s=20)
+        server.wait_ready(payload_of(b"{}"), limit_s=20)
 
 
 def test_a_server_that_never_answers_is_told(start: Callable[[str], Any], processes: ModuleType) -> None:
     server = start("import time; time.sleep(60)")
     with pytest.raises(processes.ServerFailed, match=r"no good answer within 0\.2 s: its log is empty"):
-        server.wait_ready(b"{}", limit_s=0.2)
+        server.wait_ready(payload_of(b"{}"), limit_s=0.2)
 
 
 def test_an_answer_that_is_not_200_is_not_ready(start: Callable[[str], Any], processes: ModuleType) -> None:
     server = start(PLAIN.replace("200", "503"))
     with pytest.raises(processes.ServerFailed, match=r"no good answer within 0\.5 s"):
-        server.wait_ready(b"{}", limit_s=0.5)
+        server.wait_ready(payload_of(b"{}"), limit_s=0.5)
 
 
-def test_a_process_is_found_by_its_session_and_a_dead_one_is_not(processes: ModuleType) -> None:
-    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, start_new_session=True)
-    assert processes.processes_in(child.pid) == [child.pid]
+def test_a_process_is_found_by_its_mark_in_any_session_and_a_dead_one_is_not(processes: ModuleType) -> None:
+    child = subprocess.Popen(
+        [sys.executable, "-c", "input()"],
+        stdin=subprocess.PIPE,
+        start_new_session=True,
+        env={**os.environ, processes.MARK: "this one"},
+    )
+    assert processes.processes_with("this one") == [child.pid]
+    assert processes.processes_with("another one") == []
     child.communicate(b"\n")
-    assert processes.processes_in(child.pid) == []
+    assert processes.processes_with("this one") == []
     assert processes.cpu_s_of(child.pid) == 0
     assert processes.memory_bytes_of(child.pid) == 0
 
