@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -42,11 +43,19 @@ def serve(
     threads: Annotated[int, typer.Option(min=1, help="Threads of one inference.")] = 1,
     grace: Annotated[float, typer.Option(min=0, help="Seconds to serve on after SIGTERM before draining.")] = 0.0,
     log: Annotated[bool, typer.Option(help="Write the prediction log.")] = True,
+    log_format: Annotated[
+        str, typer.Option(help="Of the lines on stderr: text, json, or auto: text on a terminal, else json.")
+    ] = "auto",
+    access_log: Annotated[bool, typer.Option("--access-log", help="One line on stderr for each request.")] = False,
+    trace: Annotated[
+        bool, typer.Option("--trace", help="Send spans to the OpenTelemetry collector that OTEL_* names; extra otel.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Announce the URL as one JSON line.")] = False,
 ) -> None:  # fmt: skip
     """Serve registered models over HTTP: /predict, /v2 (Open Inference Protocol), /health, /metrics."""
     from fettle.cli._traffic import describe, traffic_of
     from fettle.registry import Registry
+    from fettle.serve.logs import configure, format_for
     from fettle.serve.options import ServeOptions
     from fettle.serve.server import serve as run
     from fettle.serve.source import RegistryCatalogue, registry_source
@@ -59,13 +68,18 @@ def serve(
         return registry_source(registry, reference)
 
     traffics = traffic_of(models, splits=split or (), sticky=sticky, shadows=shadow or (), source=source)
+    form = format_for(log_format, terminal=sys.stderr.isatty())
     options = ServeOptions(
         host=host,
         port=port,
         threads=threads,
         grace_s=grace,
         observations=home.observations("{model}") if log else None,
+        access_log=access_log,
+        trace=trace,
+        log_format=form,
     )
+    configure(form)
 
     def announce(url: str) -> None:
         labels = [one.label for traffic in traffics for one in traffic.variants]
