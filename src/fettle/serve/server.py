@@ -126,8 +126,8 @@ class Service:
     def __init__(
         self, models: Declared, options: ServeOptions, *, catalogue: Catalogue | None = None, on_ready: Announce
     ) -> None:
-        traffics = declared(models)
         self._tracing = _tracing() if options.trace else None
+        traffics = declared(models)
         bound = bind(options.host, options.port)
         self.url = address_of(bound)
         self._options = options
