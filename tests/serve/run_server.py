@@ -106,12 +106,15 @@ def say(line):
 
 
 def main():
+    from fettle.serve.logs import configure
     from fettle.serve.options import ServeOptions
     from fettle.serve.server import serve
 
     options = json.loads(sys.argv[2])
     if "observations" in options:
         options["observations"] = Path(options["observations"])
+    if "log_format" in options:
+        configure(options["log_format"])
     with runtime_in_place():
         code = serve(
             Shelf(Path(sys.argv[1])),

@@ -1,6 +1,5 @@
 """Every path that is no inference: health, metadata, metrics, request ids, unknown paths, the access log."""
 
-import json
 import re
 
 import pytest
@@ -122,13 +121,3 @@ def test_an_invalid_request_id_is_replaced(images, given):
 
 def test_errors_have_a_request_id_too(images):
     assert images.get("/nope", headers={"x-request-id": "mine"}).headers["x-request-id"] == "mine"
-
-
-def test_access_log_is_json(start, shelf, caplog):
-    server = start(shelf, access_log=True).wait_ready()
-    with caplog.at_level("INFO", "fettle.serve"), server.client() as client:
-        client.get("/health", headers={"x-request-id": "seen"})
-    lines = [json.loads(r.message) for r in caplog.records if r.message.startswith("{")]
-    (line,) = [line for line in lines if line["request_id"] == "seen"]
-    assert (line["method"], line["path"], line["status"]) == ("GET", "/health", 200)
-    assert line["ms"] > 0

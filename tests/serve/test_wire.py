@@ -159,9 +159,9 @@ def test_a_kind_that_nobody_reads_is_an_error():
 
 def test_items_and_outcomes_are_short_lists():
     """There is one for each request: no names of fields on the wire."""
-    assert msgspec.to_builtins(wire.Item("r", 5, True, 3)) == ["r", 5, True, 3]
+    assert msgspec.to_builtins(wire.Item("r", 5, True, 3, "t")) == ["r", 5, True, 3, "t"]
     assert msgspec.to_builtins(wire.Outcome(200, 10, 4, 2, 3)) == [200, 10, 4, 2, 3]
-    assert wire.Item("r", 5) == wire.Item("r", 5, encoded=False, header_bytes=0)
+    assert wire.Item("r", 5) == wire.Item("r", 5, encoded=False, header_bytes=0, trace_id="")
     assert wire.Outcome(400, 10) == wire.Outcome(400, 10, header_bytes=0, rows=0, classes=0)
 
 

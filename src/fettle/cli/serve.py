@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -14,39 +15,64 @@ if TYPE_CHECKING:
     from fettle.serve.source import ModelSource
 
 
+# What needs more than a line to say.
+_Models = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="MODEL",
+        help="NAME, NAME@alias (followed when it moves) or NAME:version, of each model. /predict is the first.",
+    ),
+]
+_Split = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="REF=PERCENT",
+        help="Share of a model's requests for another of its versions, as digits@challenger=10. The rest stays where "
+        "it was. May be repeated.",
+    ),
+]
+_Sticky = Annotated[
+    str | None,
+    typer.Option(
+        metavar="KEY",
+        help="What keeps a client with one version of a split: header:NAME, cookie:NAME or payload.",
+    ),
+]
+_Shadow = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="REF",
+        help="Version that gets a copy of its model's requests; its answers are compared, logged and thrown away. May "
+        "be repeated, once for each model.",
+    ),
+]
+_LogFormat = Annotated[
+    str, typer.Option(help="Of the lines on stderr: text, json, or auto: text on a terminal, else json.")
+]
+_Trace = Annotated[
+    bool, typer.Option("--trace", help="Send spans to the OpenTelemetry collector that OTEL_* names; extra otel.")
+]
+
+
 def serve(
-    models: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="MODEL",
-            help="NAME, NAME@alias (followed when it moves) or NAME:version, of each model. /predict is the first.",
-        ),
-    ],
-    split: Annotated[
-        list[str] | None,
-        typer.Option(metavar="REF=PERCENT", help="Share of a model's requests for another of its versions, as "
-                     "digits@challenger=10. The rest stays where it was. May be repeated."),
-    ] = None,
-    sticky: Annotated[
-        str | None,
-        typer.Option(metavar="KEY", help="What keeps a client with one version of a split: header:NAME, cookie:NAME "
-                     "or payload."),
-    ] = None,
-    shadow: Annotated[
-        list[str] | None,
-        typer.Option(metavar="REF", help="Version that gets a copy of its model's requests; its answers are compared, "
-                     "logged and thrown away. May be repeated, once for each model."),
-    ] = None,
+    models: _Models,
+    split: _Split = None,
+    sticky: _Sticky = None,
+    shadow: _Shadow = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 for a free one.")] = 8080,
     threads: Annotated[int, typer.Option(min=1, help="Threads of one inference.")] = 1,
     grace: Annotated[float, typer.Option(min=0, help="Seconds to serve on after SIGTERM before draining.")] = 0.0,
     log: Annotated[bool, typer.Option(help="Write the prediction log.")] = True,
+    log_format: _LogFormat = "auto",
+    access_log: Annotated[bool, typer.Option("--access-log", help="One line on stderr for each request.")] = False,
+    trace: _Trace = False,
     as_json: Annotated[bool, typer.Option("--json", help="Announce the URL as one JSON line.")] = False,
-) -> None:  # fmt: skip
+) -> None:
     """Serve registered models over HTTP: /predict, /v2 (Open Inference Protocol), /health, /metrics."""
     from fettle.cli._traffic import describe, traffic_of
     from fettle.registry import Registry
+    from fettle.serve.logs import configure, format_for
     from fettle.serve.options import ServeOptions
     from fettle.serve.server import serve as run
     from fettle.serve.source import RegistryCatalogue, registry_source
@@ -59,13 +85,18 @@ def serve(
         return registry_source(registry, reference)
 
     traffics = traffic_of(models, splits=split or (), sticky=sticky, shadows=shadow or (), source=source)
+    form = format_for(log_format, terminal=sys.stderr.isatty())
     options = ServeOptions(
         host=host,
         port=port,
         threads=threads,
         grace_s=grace,
         observations=home.observations("{model}") if log else None,
+        access_log=access_log,
+        trace=trace,
+        log_format=form,
     )
+    configure(form)
 
     def announce(url: str) -> None:
         labels = [one.label for traffic in traffics for one in traffic.variants]

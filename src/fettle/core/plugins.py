@@ -25,6 +25,7 @@ _EXTRAS = {
     "matplotlib": "optimize",
     "openvino": "openvino",
     "sklearn": "demo",
+    "opentelemetry": "otel",
 }
 
 

@@ -264,7 +264,7 @@ class Connection(asyncio.Protocol):
         self._current = None
         more = bool(self._waiting) or self._refused is not None
         close = not keep or (self._application.draining and not more)
-        self._transport.write(response.encoded(request_id=request.id, close=close, head=request.method == "HEAD"))
+        self._transport.write(_encoded(request, response, close=close))
         if close:
             self._end()
         elif self._waiting:
@@ -278,7 +278,7 @@ class Connection(asyncio.Protocol):
         """Answer before the request is whole, after the answers to those before it; then read no more of it."""
         request = self._request or Request("", "", self._headers)
         self._application.refused(request, refusal)
-        self._refused = Response.refused(refusal).encoded(request_id=request.id, close=True)
+        self._refused = _encoded(request, Response.refused(refusal), close=True)
         if self._current is None and not self._waiting:
             self._answer_refused()
 
@@ -306,7 +306,7 @@ class Connection(asyncio.Protocol):
         if self._request is not None and self._refused is None:
             refusal = Refusal(408, f"the body must arrive within {self._options.body_timeout_s:g} s")
             self._application.refused(self._request, refusal)
-            self._write(Response.refused(refusal).encoded(request_id=self._request.id, close=True))
+            self._write(_encoded(self._request, Response.refused(refusal), close=True))
         self._end()
 
     def close_if_idle(self) -> None:
@@ -317,3 +317,13 @@ class Connection(asyncio.Protocol):
     def _end(self) -> None:
         if self._transport is not None:
             self._transport.close()
+
+
+def _encoded(request: Request, response: Response, *, close: bool) -> bytes:
+    trace = request.traced
+    return response.encoded(
+        request_id=request.id,
+        close=close,
+        head=request.method == "HEAD",
+        traceparent="" if trace is None else trace.header,
+    )

@@ -211,6 +211,7 @@ class Dispatcher:
         queue_seconds = self._metrics.queue_seconds.labels(served.name, str(served.version))
         for job in batch:
             queue_seconds.observe(now - job.queued)
+            job.given = now
         self._works += 1
         options = self._options
         work = wire.Work(
@@ -232,10 +233,10 @@ class Dispatcher:
             _log.error("worker %d gave %d outcomes for %d jobs", lane.number, len(report.outcomes), len(batch))
             self._lost(lane, batch)
             return
+        now = time.monotonic()
         if report.rows:
             model = batch[0].model
             labels = (model.served.name, str(model.served.version))
-            now = time.monotonic()
             model.times.observe(report.rows, now - lane.busy_since)
             if not batch[-1].alone:
                 self._margin.observe(now - batch[-1].queued - batch[-1].expected_s)
@@ -244,6 +245,7 @@ class Dispatcher:
         self._wake()
         start = 0
         for job, outcome in zip(batch, report.outcomes, strict=True):
+            job.finished, job.ran = now, report
             end = start + outcome.size
             content = bytes(body[start:end])
             start = end + 4 * outcome.rows * (outcome.classes + wire.STATISTICS)

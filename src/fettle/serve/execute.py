@@ -20,6 +20,7 @@ from fettle.serve import protocol
 from fettle.serve.answer import Answer
 from fettle.serve.binary import format_binary, parse_binary
 from fettle.serve.images import decode_base64, preprocess_into
+from fettle.serve.logs import about
 from fettle.serve.model import LoadedModel, ModelFault, run
 from fettle.serve.predict import format_prediction, image_spec
 from fettle.serve.protocol import InferCall
@@ -129,10 +130,12 @@ class _Engine:
     def _refusal(self, problem: BaseException, item: Item) -> Refusal:
         if isinstance(problem, Refusal):
             return problem
+        name, version = self.model.name, self.model.version
+        fields = about(request_id=item.request_id, trace_id=item.trace_id, model=name, version=version)
         if isinstance(problem, ModelFault):
-            _log.error("request %s: %s", item.request_id, problem)
+            _log.error("request %s: %s", item.request_id, problem, extra=fields)
             return Refusal(500, str(problem))
-        _log.error("request %s failed in %s:%d", item.request_id, self.model.name, self.model.version, exc_info=problem)
+        _log.error("request %s failed in %s:%d", item.request_id, name, version, exc_info=problem, extra=fields)
         return Refusal(500, "the model failed on this input")
 
 

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import msgspec
 
 from fettle.serve.refusal import Refusal
+from fettle.serve.trace_context import TraceContext, trace_context
 
 # Ids that we give: random once for each process, then counted, for randomness is what takes the time.
 _OURS = os.urandom(8).hex()
@@ -47,13 +48,17 @@ class Response:
         body = msgspec.json.encode({"error": refusal.message})
         return cls(refusal.status, body, headers=refusal.headers)
 
-    def encoded(self, *, request_id: str, close: bool, head: bool = False) -> bytes:
+    def encoded(self, *, request_id: str, close: bool, head: bool = False, traceparent: str = "") -> bytes:
         """The bytes for the wire. head: without the body, whose length is told all the same.
+
+        traceparent: the header of that name, "" for none.
 
         >>> Response(204, b"").encoded(request_id="a", close=True).splitlines()[0]
         b'HTTP/1.1 204 No Content'
         """
         extra = "".join(f"{name}: {value}\r\n" for name, value in self.headers.items()) if self.headers else ""
+        if traceparent:
+            extra = f"traceparent: {traceparent}\r\n{extra}"
         lines = (
             f"content-type: {self.content_type}\r\ncontent-length: {len(self.body)}\r\n"
             f"x-request-id: {request_id}\r\n{extra}{'connection: close' + chr(13) + chr(10) if close else ''}\r\n"
@@ -81,15 +86,25 @@ class Abandoned(Protocol):
         """Nobody waits for it any more."""
 
 
+class Ending(Protocol):
+    """Whoever waits for the end of a request."""
+
+    def end(self, response: Response | None) -> None:
+        """It is answered, or its client has gone: None."""
+
+
 class Request:
     """What the handlers see of a request. `headers` have lower-case names.
 
     id: the client's X-Request-Id where that is well formed. jobs: what is given up where the client goes away before
     the answer; cancelled: whether it has. route: what the path means, once that is known. answers: name and version
-    of the model that was chosen, for metrics.
+    of the model that was chosen, for metrics. span: who is told of its end, where it is traced.
     """
 
-    __slots__ = ("_id", "answers", "body", "cancelled", "headers", "jobs", "method", "path", "route", "started")
+    __slots__ = (
+        "_id", "_trace", "answers", "body", "cancelled", "headers", "jobs", "method", "path", "route", "span",
+        "started",
+    )  # fmt: skip
 
     def __init__(self, method: str, path: str, headers: dict[str, str]) -> None:
         self.started = time.perf_counter()
@@ -101,7 +116,9 @@ class Request:
         self.cancelled = False
         self.route: Found | None = None
         self.answers: tuple[str, str] | None = None
+        self.span: Ending | None = None
         self._id: str | None = None
+        self._trace: TraceContext | None = None
 
     @property
     def id(self) -> str:
@@ -109,6 +126,24 @@ class Request:
             given = self.headers.get("x-request-id")
             self._id = given if given is not None and _REQUEST_ID.fullmatch(given) else f"{_OURS}{next(_numbers):016x}"
         return self._id
+
+    @property
+    def trace(self) -> TraceContext:
+        """The request's place in a trace; a trace begins here where the client has sent none."""
+        if self._trace is None:
+            self._trace = trace_context(self.headers)
+        return self._trace
+
+    @trace.setter
+    def trace(self, trace: TraceContext) -> None:
+        self._trace = trace
+
+    @property
+    def traced(self) -> TraceContext | None:
+        """`trace`, where the client has sent one or somebody has asked for it; else nothing is made."""
+        if self._trace is None and "traceparent" not in self.headers:
+            return None
+        return self.trace
 
     def header(self, name: str) -> str:
         """The header's value, "" where it is missing."""

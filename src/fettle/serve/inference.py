@@ -15,6 +15,7 @@ from fettle.serve.http import Request, Respond, Response
 from fettle.serve.infer import announced_rows, kind_of, respond_with
 from fettle.serve.jobs import Job, Result
 from fettle.serve.lanes import Mounted
+from fettle.serve.logs import about
 from fettle.serve.models import Deployment
 from fettle.serve.observations import ObservationLog, observation_of
 from fettle.serve.options import ServeOptions
@@ -71,7 +72,7 @@ class Inference:
         job = Job(
             model=model,
             kind=kind,
-            item=Item(request.id, len(body), False, header_bytes),
+            item=Item(request.id, len(body), False, header_bytes, _trace_id(request)),
             payload=body,
             rows=rows,
             deadline=deadline,
@@ -97,11 +98,12 @@ class Inference:
     ) -> None:
         images, many = images_in(body, request.header("content-type"))
         gathered = Gathered(len(images), many, partial(self._predicted, request, respond, model))
+        trace_id = _trace_id(request)
         jobs = [
             Job(
                 model=model,
                 kind="image",
-                item=Item(request.id, len(image.content), image.encoded),
+                item=Item(request.id, len(image.content), image.encoded, trace_id=trace_id),
                 payload=image.content,
                 rows=1,
                 deadline=deadline,
@@ -168,10 +170,16 @@ class Inference:
             try:
                 self._log.add(observation_of(result, model=model.served, request_id=request.id, latency_ms=latency_ms))
             except Exception:  # the log must never stand between a client and its answer
-                _log.exception("request %s could not be logged", request.id)
+                fields = about(request, model=model.served.name, version=model.served.version)
+                _log.exception("request %s could not be logged", request.id, extra=fields)
+
+
+def _trace_id(request: Request) -> str:
+    trace = request.traced
+    return "" if trace is None else trace.trace_id
 
 
 def failed(request: Request) -> Response:
     """For a fault of our own. Call it where the exception is handled: the log has the rest."""
-    _log.exception("request %s failed", request.id)
+    _log.exception("request %s failed", request.id, extra=about(request))
     return Response.refused(Refusal(500, f"the server failed on request {request.id}: see its log"))

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from fettle.serve import wire
 from fettle.serve.lanes import Mounted
+from fettle.serve.logs import about
 from fettle.serve.refusal import Refusal
 
 _log = logging.getLogger("fettle.serve")
@@ -35,6 +36,8 @@ class Job:
 
     payload: bytes for the worker, read as `kind` says. rows: as far as the server knows. deadline: on the clock of
     `time.monotonic`. done: called once, in the event loop, with the result or a Refusal.
+    queued, given, finished: on that clock too; the latter two are 0 as long as no worker has it. ran: the report on
+    the batch that it was part of.
     """
 
     __slots__ = (
@@ -42,11 +45,14 @@ class Job:
         "deadline",
         "done",
         "expected_s",
+        "finished",
+        "given",
         "item",
         "kind",
         "model",
         "payload",
         "queued",
+        "ran",
         "rows",
         "settled",
     )
@@ -70,6 +76,8 @@ class Job:
         self.deadline = deadline
         self.done = done
         self.queued = time.monotonic()
+        self.given = self.finished = 0.0
+        self.ran: wire.Done | None = None
         # When it was queued, from then to its answer.
         self.expected_s = 0.0
         # A worker died with it: it goes to another, once, and by itself, for it may be what killed the first.
@@ -83,7 +91,11 @@ class Job:
             try:
                 self.done(outcome)
             except Exception:
-                _log.exception("the answer to request %s cannot be told", self.item.request_id)
+                item, served = self.item, self.model.served
+                fields = about(
+                    request_id=item.request_id, trace_id=item.trace_id, model=served.name, version=served.version
+                )
+                _log.exception("the answer to request %s cannot be told", item.request_id, extra=fields)
 
     def abandon(self) -> None:
         """Nobody waits any more."""

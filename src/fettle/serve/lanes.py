@@ -21,6 +21,7 @@ from typing import Any, cast
 from fettle.core.errors import ArtifactError
 from fettle.serve import wire
 from fettle.serve.fit import BatchTimes
+from fettle.serve.logs import LOG_FORMAT
 from fettle.serve.metrics import Metrics
 from fettle.serve.model import Served
 from fettle.serve.options import ServeOptions
@@ -154,7 +155,8 @@ class Lane(asyncio.Protocol):
             for end in (ours, theirs):
                 end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
             ours.setblocking(False)
-            environment = {**os.environ, "OMP_NUM_THREADS": str(self._lanes.options.threads)}
+            options = self._lanes.options
+            environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads), LOG_FORMAT: options.log_format}
             command = [*COMMAND, str(theirs.fileno())]
             try:
                 self.process = subprocess.Popen(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fettle.core.errors import UsageError
+from fettle.serve.logs import FORMATS, Format
 
 _CGROUP_CPU = Path("/sys/fs/cgroup/cpu.max")
 
@@ -53,7 +54,10 @@ class ServeOptions:
     observations: folder of the prediction log, None for no log; `{model}` in it stands for the model's name, for a
         server of several. It is flushed every `log_rows` rows or `log_flush_s`; more than `log_queue_rows` unwritten
         rows are dropped and counted.
-    access_log: one JSON line per request to the logger "fettle.serve".
+    trace: spans of requests to the OpenTelemetry collector that the variables OTEL_* name; needs the extra `otel`.
+    access_log: one line per request to the logger "fettle.serve".
+    log_format: "text" or "json", of the lines that worker processes write to stderr, for they are ours; how this
+        process writes its log is its owner's choice, see `serve.logs.configure`.
     """
 
     host: str = "127.0.0.1"
@@ -82,7 +86,9 @@ class ServeOptions:
     log_rows: int = 5000
     log_flush_s: float = 5.0
     log_queue_rows: int = 50_000
+    trace: bool = False
     access_log: bool = False
+    log_format: Format = "text"
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -96,6 +102,8 @@ class ServeOptions:
                 continue
             if not math.isfinite(value) or value < 0 or (value == 0 and name != "grace_s"):
                 raise UsageError(f"{name} must be a positive number of seconds, got {value}")
+        if self.log_format not in FORMATS:
+            raise UsageError(f"log_format must be one of {', '.join(FORMATS)}, got {self.log_format!r}")
         if self.max_queue_rows < self.max_batch_rows:
             raise UsageError(
                 f"max_queue_rows must be at least max_batch_rows, got {self.max_queue_rows} < {self.max_batch_rows}"

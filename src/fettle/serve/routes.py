@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,11 +13,14 @@ from fettle.serve.http import Request, Respond, Response
 from fettle.serve.inference import Inference
 from fettle.serve.metrics import Metrics
 from fettle.serve.models import Deployment, Models
+from fettle.serve.openapi import Description
+from fettle.serve.options import ServeOptions
 from fettle.serve.refusal import Refusal, quote
 
 EXTENSIONS = ("binary_tensor_data",)
 
 Handler = Callable[[Request, Respond], None]
+_MODEL, _PREDICT = "/v2/models/{model}", "/predict/{model}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +39,27 @@ class Route:
         return found
 
 
+@dataclass(frozen=True, slots=True)
+class _OfModel:
+    """What a path under a model's name leads to. handler: made for the model and the version that are asked for."""
+
+    template: str
+    method: str
+    handler: Callable[[Deployment, str], Handler]
+
+
 class Routes:
     """All paths of the server's public port."""
 
     def __init__(
-        self, *, models: Models, health: Health, dispatcher: Dispatcher, metrics: Metrics, inference: Inference
+        self,
+        *,
+        models: Models,
+        health: Health,
+        dispatcher: Dispatcher,
+        metrics: Metrics,
+        inference: Inference,
+        options: ServeOptions,
     ) -> None:
         self._models = models
         self._health = health
@@ -48,6 +67,8 @@ class Routes:
         self._metrics = metrics
         self._inference = inference
         self._fixed = self._fixed_routes()
+        self._of_model = self._model_routes()
+        self._description = Description(self.table(), options)
 
     def _fixed_routes(self) -> dict[str, Route]:
         get: dict[str, Callable[[], Response]] = {
@@ -59,9 +80,36 @@ class Routes:
             "/health/live": self._live,
             "/health/ready": self._ready,
             "/metrics": self._render_metrics,
+            "/openapi.json": self._describe,
         }
         routes = {path: Route(path.rstrip("/"), {"GET": _at_once(handler)}) for path, handler in get.items()}
         return routes
+
+    def _model_routes(self) -> dict[tuple[str, ...], _OfModel]:
+        """By what follows a model's name."""
+
+        def metadata(deployment: Deployment, version: str) -> Handler:
+            return _at_once(partial(self._model_metadata, deployment, version))
+
+        def ready(deployment: Deployment, version: str) -> Handler:
+            return _at_once(partial(self._model_ready, deployment, version))
+
+        def infer(deployment: Deployment, version: str) -> Handler:
+            return partial(self._inference.infer, deployment=deployment, version=version)
+
+        return {
+            (): _OfModel(_MODEL, "GET", metadata),
+            ("ready",): _OfModel(f"{_MODEL}/ready", "GET", ready),
+            ("infer",): _OfModel(f"{_MODEL}/infer", "POST", infer),
+        }
+
+    def table(self) -> dict[str, Sequence[str]]:
+        """Every path with its methods, but HEAD, which goes wherever GET goes."""
+        table: dict[str, Sequence[str]] = {path: tuple(route.handlers) for path, route in self._fixed.items()}
+        table |= {"/predict": ("POST",), _PREDICT: ("POST",)}
+        for prefix in (_MODEL, f"{_MODEL}/versions/{{version}}"):
+            table |= {"/".join((prefix, *rest)): (found.method,) for rest, found in self._of_model.items()}
+        return table
 
     def find(self, path: str) -> Route:
         """Raises Refusal 404."""
@@ -72,24 +120,17 @@ class Routes:
             return self._predict_route(path, self._models.first)
         parts = path.split("/")
         if parts[:2] == ["", "predict"] and len(parts) == 3:
-            return self._predict_route("/predict/{model}", self._models.find(parts[2]))
+            return self._predict_route(_PREDICT, self._models.find(parts[2]))
         if parts[:3] != ["", "v2", "models"] or len(parts) < 4:
             raise Refusal(404, f"no such path: {quote(path)}")
         deployment = self._models.find(parts[3])
         rest, version = parts[4:], ""
         if rest[:1] == ["versions"] and len(rest) > 1:
             version, rest = rest[1], rest[2:]
-        match rest:
-            case []:
-                handler = _at_once(partial(self._model_metadata, deployment, version))
-                return Route("/v2/models/{model}", {"GET": handler})
-            case ["ready"]:
-                handler = _at_once(partial(self._model_ready, deployment, version))
-                return Route("/v2/models/{model}/ready", {"GET": handler})
-            case ["infer"]:
-                handler = partial(self._inference.infer, deployment=deployment, version=version)
-                return Route("/v2/models/{model}/infer", {"POST": handler})
-        raise Refusal(404, f"no such path: {quote(path)}")
+        found = self._of_model.get(tuple(rest))
+        if found is None:
+            raise Refusal(404, f"no such path: {quote(path)}")
+        return Route(found.template, {found.method: found.handler(deployment, version)})
 
     def _predict_route(self, template: str, deployment: Deployment) -> Route:
         return Route(template, {"POST": partial(self._inference.predict, deployment=deployment)})
@@ -111,8 +152,13 @@ class Routes:
     def _render_metrics(self) -> Response:
         return Response(200, self._metrics.render(), content_type=self._metrics.content_type)
 
+    def _describe(self) -> Response:
+        names = [deployment.name for deployment in self._models]
+        models = (one.served for deployment in self._models for one in deployment.active)
+        return self._description.response(names, models)
+
     def _server_metadata(self) -> Response:
-        return Response.json({"name": "fettle", "version": _version(), "extensions": EXTENSIONS})
+        return Response.json({"name": "fettle", "version": server_version(), "extensions": EXTENSIONS})
 
     def _model_metadata(self, deployment: Deployment, version: str) -> Response:
         model = deployment.find(version)
@@ -130,7 +176,8 @@ def _at_once(make: Callable[[], Response]) -> Handler:
     return lambda _, respond: respond(make())
 
 
-def _version() -> str:
+def server_version() -> str:
+    """Of this package, as installed."""
     from importlib.metadata import PackageNotFoundError, version
 
     try:

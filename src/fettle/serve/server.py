@@ -14,9 +14,11 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import uvloop
 
+from fettle.core.plugins import missing_extra
 from fettle.serve.app import Application
 from fettle.serve.connection import Connection, Connections
 from fettle.serve.deploy import Deployer
@@ -29,9 +31,12 @@ from fettle.serve.metrics import Metrics
 from fettle.serve.models import Catalogue, Models
 from fettle.serve.observations import ObservationLog
 from fettle.serve.options import ServeOptions
-from fettle.serve.routes import Routes
+from fettle.serve.routes import Routes, server_version
 from fettle.serve.shadow import Shadow
 from fettle.serve.traffic import Declared, declared
+
+if TYPE_CHECKING:
+    from fettle.serve.tracing import Tracing
 
 _log = logging.getLogger("fettle.serve")
 # Connections that were accepted before new ones were refused have this many polls to speak, counted from the latest
@@ -41,6 +46,7 @@ _SETTLE_AT_MOST_S = 5.0
 _POLL_S = 0.01
 _SWEEP_S = 0.05
 _WORKERS_END_S = 5.0
+_TRACES_END_S = 5.0
 # Objects that are made and not yet freed before the garbage collector looks for circles among them.
 _COLLECT_EVERY = 20_000
 
@@ -120,6 +126,7 @@ class Service:
     def __init__(
         self, models: Declared, options: ServeOptions, *, catalogue: Catalogue | None = None, on_ready: Announce
     ) -> None:
+        self._tracing = _tracing() if options.trace else None
         traffics = declared(models)
         bound = bind(options.host, options.port)
         self.url = address_of(bound)
@@ -152,8 +159,11 @@ class Service:
             dispatcher=self._dispatcher,
             metrics=metrics,
             inference=inference,
+            options=options,
         )
-        self._application = Application(options=options, health=self._health, metrics=metrics, routes=routes)
+        self._application = Application(
+            options=options, health=self._health, metrics=metrics, routes=routes, tracing=self._tracing
+        )
         metrics.watch(
             queued_rows=lambda: self._dispatcher.queued_rows,
             in_flight=lambda: self._application.in_flight,
@@ -192,6 +202,8 @@ class Service:
         await self._lanes.close(_WORKERS_END_S if clean else 0.0)
         if self._log is not None:
             clean &= await asyncio.to_thread(self._log.close, options.drain_timeout_s)
+        if self._tracing is not None and not await self._tracing.close(_TRACES_END_S):
+            _log.warning("the collector did not take the last traces within %g s: they are lost", _TRACES_END_S)
         if self._sweeper is not None:
             self._sweeper.cancel()
         _log.info("ended %s", "cleanly" if clean else "with work undone")
@@ -222,3 +234,12 @@ class Service:
         while (self._application.in_flight or self._connections.receiving) and time.monotonic() < end:
             await asyncio.sleep(_POLL_S)
         return self._application.in_flight == 0
+
+
+def _tracing() -> Tracing:
+    """Raises MissingExtra where OpenTelemetry is not installed, UsageError where OTEL_* is not right."""
+    try:
+        from fettle.serve.tracing import Tracing
+    except ModuleNotFoundError as problem:
+        raise missing_extra("trace", problem) from None
+    return Tracing(version=server_version())

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from fettle.core.errors import FettleError
 from fettle.serve.lanes import Mounted
+from fettle.serve.logs import about
 from fettle.serve.metrics import Metrics
 from fettle.serve.model import Served, served_of
 from fettle.serve.options import ServeOptions
@@ -120,7 +121,8 @@ class Switch:
         now = model.served
         self._metrics.begin(now.name, str(now.version))
         was = before.served.version if before else "nothing"
-        _log.info("%s:%d answers now, before it %s", now.name, now.version, was)
+        fields = about(model=now.name, version=now.version)
+        _log.info("%s:%d answers now, before it %s", now.name, now.version, was, extra=fields)
         self._on_change(model, before)
 
     def _failed(self, version: int | None, problem: Exception) -> None:
@@ -134,7 +136,8 @@ class Switch:
             self._retry.failed(version)
         kept = f"version {self.active.served.version} goes on answering" if self.active else "nothing answers"
         unexpected = None if isinstance(problem, FettleError) else problem
-        _log.error("%s: %s; %s", self._source.name, self.problem, kept, exc_info=unexpected)
+        fields = about(model=self._source.name, version=version)
+        _log.error("%s: %s; %s", self._source.name, self.problem, kept, exc_info=unexpected, extra=fields)
 
 
 class _Backoff:

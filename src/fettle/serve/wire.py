@@ -26,12 +26,14 @@ class Item(msgspec.Struct, array_like=True, frozen=True):
     """One job of a batch. size: bytes of it in the frame's body.
 
     encoded: of an image, whether the bytes are base64 text. header_bytes: of a binary request, its JSON part.
+    trace_id: for the log, "" where the request has no trace.
     """
 
     request_id: str
     size: int
     encoded: bool = False
     header_bytes: int = 0
+    trace_id: str = ""
 
 
 class Load(msgspec.Struct, tag=True, frozen=True):

@@ -18,6 +18,7 @@ from pathlib import Path
 from fettle.core.artifact import Artifact
 from fettle.serve import wire
 from fettle.serve.execute import Batch, execute
+from fettle.serve.logs import LOG_FORMAT, configure, format_for
 from fettle.serve.model import LoadedModel, load_model
 from fettle.serve.refusal import Refusal, reason_of
 
@@ -96,10 +97,14 @@ def main(descriptor: int) -> None:
     os.nice(_NICENESS)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    configure(format_for(os.environ.get(LOG_FORMAT, "auto"), terminal=sys.stderr.isatty()))
     try:
         Worker(socket.socket(fileno=descriptor)).run()
     except (ConnectionResetError, BrokenPipeError):
         return  # the server has gone
+    except Exception:
+        _log.exception("the worker failed")
+        sys.exit(1)
 
 
 if __name__ == "__main__":
