@@ -565,11 +565,13 @@ def test_each_version_that_waits_is_counted_with_its_own_times():
         for number in range(16):
             bench.submit(f"slow {number}", model=slow)
             bench.submit(f"quick {number}", model=quick)
-        # Two full batches of each, shared by two lanes, and then its own: a full one where its like waits already.
-        before_s = 28.0 + 0.28
+        # Two quick rows run and two full batches of each wait for two lanes, and then comes its own: a full one where
+        # its like waits already.
+        before_s = (2 * 0.21 + 2 * 28.0 + 2 * 0.28) / 2
         for model, own_s in ((slow, 28.0), (quick, 0.28), (mounted(3, times=[(1, 5.0)]), 5.0)):
-            assert refused(bench, model, within_s=before_s + own_s + 0.1) is None
-            assert refused(bench, model, within_s=before_s + own_s - 0.1).status == 429
+            wait_s = before_s + own_s
+            assert refused(bench, model, within_s=wait_s / 0.9 + 0.2) is None
+            assert refused(bench, model, within_s=(wait_s - 0.5) / 0.9).status == 429
         await bench.finish_all()
 
     play(scene, lanes=2)
