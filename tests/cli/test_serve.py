@@ -8,13 +8,20 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
 import pytest
 
+from fettle.core.artifact import Artifact
+from fettle.core.home import Home
+from fettle.registry import Registry
+
 PATIENCE_S = 60
+OF_THE_SEAL = ("manifest.json", "golden.safetensors")
 
 
 @contextmanager
@@ -83,12 +90,67 @@ def test_no_log_where_none_is_wanted(home):
         (["tiny@canary"], 1, ["canary"]),
         (["tiny:x"], 2, ["tiny:x"]),
         (["tiny", "--host", "256.1.1.1"], 2, ["256.1.1.1"]),
+        (["tiny", "nope"], 1, ["nope"]),
+        (["tiny", "tiny:1"], 2, ["tiny is given twice", "--split"]),
+        (["tiny", "--split", "tiny:1"], 2, ["--split must be", "'tiny:1'"]),
+        (["tiny", "--split", "tiny:1=0"], 2, ["'tiny:1=0'"]),
+        (["tiny", "--split", "tiny:1=100"], 2, ["'tiny:1=100'"]),
+        (["tiny", "--split", "tiny:1=nan"], 2, ["'tiny:1=nan'"]),
+        (["tiny", "--split", "tiny:1=60", "--split", "tiny@champion=40"], 2, ["leave something for tiny", "100 %"]),
+        (["tiny", "--split", "tiny=10"], 2, ["label of its own", "tiny, tiny"]),
+        (["tiny", "--split", "tiny:8=10"], 1, ["8"]),
+        (["tiny", "--split", "cats:1=10"], 2, ["cats is not served"]),
+        (["tiny", "--shadow", "cats:1"], 2, ["cats is not served"]),
+        (["tiny", "--shadow", "tiny:1", "--shadow", "tiny"], 2, ["one shadow", "tiny:1 and tiny"]),
+        (["tiny", "--shadow", "tiny@canary"], 1, ["canary"]),
+        (["tiny", "--sticky", "payload"], 2, ["--split too"]),
+        (["tiny", "--split", "tiny:1=10", "--sticky", "ip"], 2, ["header:NAME", "'ip'"]),
     ],
 )
 def test_refused_at_once(run, home, arguments, code, words):
     line = run("serve", *arguments, "--port", "0", home=home).refused(code)
     for word in words:
         assert word in line
+
+
+def another(artifact, root):
+    """The same model under another digest."""
+    shutil.copytree(artifact.root, root, ignore=shutil.ignore_patterns(*OF_THE_SEAL))
+    manifest = replace(artifact.manifest, files=(), provenance={**artifact.manifest.provenance, "copied": "once"})
+    return Artifact.seal(root, manifest, golden=artifact.golden())
+
+
+def test_several_models_a_split_and_a_shadow(home, tmp_path):
+    registry = Registry(Home(home))
+    artifact = registry.open("tiny")
+    registry.put("tiny", another(artifact, tmp_path / "again"))
+    registry.put("cats", artifact)
+    arguments = ["tiny:1", "cats", "--split", "tiny:2=50", "--sticky", "header:X-User", "--shadow", "cats:1"]
+    tensor = {"name": "input", "shape": [1, 6], "datatype": "FP32", "data": [0.1, 0.2, 0.3, -0.1, -0.2, -0.3]}
+
+    def ask(client, name, user):
+        answer = client.post(f"/v2/models/{name}/infer", json={"inputs": [tensor]}, headers={"x-user": user})
+        assert answer.status_code == 200, answer.text
+        return answer.json()["model_version"]
+
+    with serving(home, *arguments) as (said, process):
+        assert said["models"] == ["tiny:1", "tiny:2", "cats"]
+        with httpx.Client(base_url=said["url"], timeout=20) as client:
+            deadline = time.monotonic() + PATIENCE_S
+            while client.get("/v2/models/tiny").json()["versions"] != ["1", "2"]:
+                assert time.monotonic() < deadline
+            versions = [ask(client, "tiny", f"user-{number}") for number in range(20)]
+            assert set(versions) == {"1", "2"}
+            assert versions == [ask(client, "tiny", f"user-{number}") for number in range(20)]
+            assert ask(client, "cats", "any") == "1"
+            models = client.get("/health").json()["models"]
+            assert [one["variant"] for one in models[0]["variants"]] == ["tiny:1", "tiny:2"]
+            assert "shadow" in models[1]
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 0, err
+    for name in ("tiny", "cats"):
+        assert list((home / "observations" / name).glob("*.parquet"))
 
 
 def test_port_in_use(run, home):

@@ -553,6 +553,30 @@ def test_a_deadline_that_cannot_be_met_is_refused_at_once():
     play(scene, lanes=2)
 
 
+def test_each_version_that_waits_is_counted_with_its_own_times():
+    """Batches of up to 8 rows: 28 s for a full one of the slow version, 0.28 s for one of the quick one."""
+
+    async def scene(bench):
+        slow = mounted(1, times=[(rows, 20.0 + rows) for rows in (1, 2, 4, 8)])
+        quick = mounted(2, times=[(rows, 0.2 + rows / 100) for rows in (1, 2, 4, 8)])
+        for lane in range(2):
+            bench.submit(f"running {lane}", model=quick)
+            await turn()
+        for number in range(16):
+            bench.submit(f"slow {number}", model=slow)
+            bench.submit(f"quick {number}", model=quick)
+        # Two quick rows run and two full batches of each wait for two lanes, and then comes its own: a full one where
+        # its like waits already.
+        before_s = (2 * 0.21 + 2 * 28.0 + 2 * 0.28) / 2
+        for model, own_s in ((slow, 28.0), (quick, 0.28), (mounted(3, times=[(1, 5.0)]), 5.0)):
+            wait_s = before_s + own_s
+            assert refused(bench, model, within_s=wait_s / 0.9 + 0.2) is None
+            assert refused(bench, model, within_s=(wait_s - 0.5) / 0.9).status == 429
+        await bench.finish_all()
+
+    play(scene, lanes=2)
+
+
 def test_a_model_that_nothing_is_known_of_is_admitted():
     async def scene(bench):
         model = mounted(row_wise=False, times=())

@@ -39,13 +39,14 @@ class Stage:
         self.retired = []
         self.may_mount = threading.Event()
         self.may_mount.set()
+        self.waits = {1, 2}  # versions that `may_mount` is asked for
 
     def switch(self, source):
         options = ServeOptions(poll_s=0.01, retry_s=60.0)
         return Switch(source, options=options, metrics=self.metrics, mount=self.mount)
 
     def mount(self, served, root):
-        assert self.may_mount.wait(20)
+        assert served.version not in self.waits or self.may_mount.wait(20)
         if served.version in self.refuse:
             raise CorruptArtifact("golden output differs")
         return Mounted(served.version, served, root, BatchTimes())
@@ -268,6 +269,18 @@ async def test_what_is_unloaded_while_it_loads_is_forgotten(stage, folders):
         await asyncio.wait_for(unloading, 20)
         assert stage.retired in ([("tiny", 1)], [])
         assert await models.index() == [Entry("tiny", "", "UNAVAILABLE", "not loaded")]
+
+
+@in_a_loop
+async def test_a_shadow_that_takes_for_ever_to_load_holds_no_unload_up(stage, folders):
+    stage.waits = {2}
+    stage.may_mount.clear()
+    async with stage.models(Traffic((Variant(folders[0]),), shadow=folders[1])) as models:
+        await until(lambda: models.first.active)
+        await asyncio.wait_for(models.unload("tiny"), 10)
+        assert stage.retired == [("tiny", 1)]
+        stage.may_mount.set()
+        await until(lambda: stage.retired == [("tiny", 1), ("tiny", 2)])
 
 
 def test_a_registry_is_a_catalogue(tmp_path, kit):

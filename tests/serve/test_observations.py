@@ -2,6 +2,7 @@
 
 import re
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -80,6 +81,17 @@ def test_close_writes_everything(tmp_path):
     assert table["request_id"].to_pylist()[::2] == [f"request-{n}" for n in range(95)]
     assert value(metrics, "fettle_observations_written_total") == 190
     assert not list((tmp_path / "obs").glob("*.tmp"))
+
+
+def test_each_model_has_its_folder_where_the_path_says_so(tmp_path):
+    log, metrics = log_of(tmp_path / "{model}" / "rows")
+    for number, name in enumerate(("tiny", "cats", "tiny")):
+        log.add(replace(observed(number, rows=2), model=name))
+    assert log.close(20)
+    for name, rows in (("tiny", 4), ("cats", 2)):
+        (path,) = files(tmp_path / name / "rows")
+        assert pq.read_table(path)["model"].to_pylist() == [name] * rows
+    assert value(metrics, "fettle_observations_written_total") == 6
 
 
 def test_nothing_observed_writes_nothing(tmp_path):

@@ -1,1 +1,1 @@
-"""One model behind HTTP: the Open Inference Protocol, images, health, metrics, live switches, a prediction log."""
+"""Models behind HTTP: the Open Inference Protocol, images, health, metrics, live switches, a prediction log."""

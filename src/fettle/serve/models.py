@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
+from weakref import WeakValueDictionary
 
 from fettle.core.errors import FettleError
 from fettle.serve.assign import Turns, by_key, seed_of
@@ -150,7 +151,8 @@ class Models:
         self._retire = retire
         self._catalogue = catalogue
         self._by_name = {name: build(traffic) for name, traffic in self._declared.items()}
-        self._changing: dict[str, asyncio.Lock] = {}
+        self._changing: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._releasing: set[asyncio.Task[None]] = set()
         self._loading: set[str] = set()
 
     def __iter__(self) -> Iterator[Deployment]:
@@ -244,10 +246,17 @@ class Models:
         return traffic
 
     async def _release(self, deployment: Deployment) -> None:
-        for switch in deployment.switches:
-            model = await asyncio.to_thread(switch.release)
-            if model is not None:
-                self._retire(deployment, switch, model)
+        if deployment.shadow is not None:  # a shadow may take for ever to load, and nobody should wait for that
+            task = asyncio.ensure_future(self._release_one(deployment, deployment.shadow))
+            self._releasing.add(task)
+            task.add_done_callback(self._releasing.discard)
+        for variant in deployment.variants:
+            await self._release_one(deployment, variant.switch)
+
+    async def _release_one(self, deployment: Deployment, switch: Switch) -> None:
+        model = await asyncio.to_thread(switch.release)
+        if model is not None:
+            self._retire(deployment, switch, model)
 
 
 def _entries(deployment: Deployment) -> list[Entry]:
