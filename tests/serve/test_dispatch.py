@@ -2,7 +2,6 @@
 
 import asyncio
 import functools
-import math
 import operator
 import time
 from collections import Counter
@@ -533,10 +532,7 @@ def test_a_deadline_that_cannot_be_met_is_refused_at_once():
 
     async def scene(bench):
         model = mounted(times=[(rows, 20.0 + rows) for rows in (1, 2, 4, 8)])
-        late = refused(bench, model, within_s=19.5)
-        assert late.status == 429
-        assert late.headers == {"retry-after": str(math.ceil(21 - 0.9 * 19.5))}
-        assert refused(bench, model, within_s=25.0) is None
+        assert refused(bench, model, within_s=0.1) is None  # a lane is idle: it costs nobody to try
         for lane in range(2):
             bench.submit(f"running {lane}", model=model)
             await turn()
@@ -547,7 +543,7 @@ def test_a_deadline_that_cannot_be_met_is_refused_at_once():
         assert refused(bench, model, within_s=wait_s / 0.9 + 1) is None
         late = refused(bench, model, within_s=(wait_s - 9.5) / 0.9)
         assert (late.status, late.headers) == (429, {"retry-after": "10"})
-        assert b'fettle_requests_shed_total{model="m",version="1"} 2.0' in bench.metrics.render()
+        assert b'fettle_requests_shed_total{model="m",version="1"} 1.0' in bench.metrics.render()
         await bench.finish_all()
 
     play(scene, lanes=2)
@@ -595,17 +591,15 @@ def test_a_deadline_that_has_passed_is_refused():
     play(scene)
 
 
-def test_times_learned_in_a_bad_moment_are_doubted_once_nothing_has_run_for_a_second():
+def test_an_idle_server_tries_whatever_it_expects_for_times_learned_in_a_bad_moment_must_be_unlearned():
     async def scene(bench):
         model = mounted(times=[(1, 5.0), (2, 5.5)])
-        assert refused(bench, model, within_s=0.5).status == 429
-        model.times.observed_at -= 2.0
         assert refused(bench, model, within_s=0.5) is None
         bench.submit("busy", model=model)
         await turn()
-        bench.submit("waits", model=model)
         assert refused(bench, model, within_s=0.5).status == 429
         await bench.finish_all()
+        assert refused(bench, model, within_s=0.5) is None
 
     play(scene)
 
@@ -619,8 +613,11 @@ def test_answers_that_come_later_than_expected_make_admission_more_careful():
             job.queued -= 0.2  # as if it had been queued so long ago
             await turn()
             bench.lanes.all[0].finish(took_s=0.001)
+        bench.submit("busy", model=model)
+        await turn()
         assert refused(bench, model, within_s=0.1).status == 429
         assert refused(bench, model, within_s=0.5) is None
+        await bench.finish_all()
 
     play(scene)
 
@@ -1066,7 +1063,9 @@ def test_every_job_is_settled_once_and_with_its_own_answer(script, count):
 def test_the_wait_that_is_told_is_at_least_a_second():
     async def scene(bench):
         model = mounted(times=[(1, 3.0), (2, 3.5)])
-        late = refused(bench, model, within_s=2.9)
-        assert late.headers["retry-after"] == str(max(1, math.ceil(0.1)))
+        bench.submit("busy", model=model)
+        await turn()
+        assert refused(bench, model, within_s=6.0 / 0.9 - 0.1).headers["retry-after"] == "1"
+        await bench.finish_all()
 
     play(scene)

@@ -26,8 +26,6 @@ _log = logging.getLogger("fettle.serve")
 _SWEEP_S = 0.01
 # What is aimed at, of the time that a client gives: the answer has its way to go too.
 _AIM = 0.9
-# After this time without a batch a version's times are doubted.
-_STALE_S = 1.0
 
 
 class Dispatcher:
@@ -91,8 +89,8 @@ class Dispatcher:
         self._estimate_s = self._wait_s(model, now)
         late_s = self._estimate_s + self._margin.seconds - (deadline - now) * _AIM
         if late_s > 0:
-            if now - model.times.observed_at > _STALE_S and not self.queued_rows:
-                return  # what was learned in a bad moment would otherwise never be unlearned
+            if deadline > now and not self.queued_rows and len(self._running) < self._lanes.living:
+                return  # it costs nobody; and times that were learned in a bad moment are unlearned only by trying
             self._shed(model)
             raise Refusal(
                 429, "the answer would come too late: try again later", retry_after_s=max(1, math.ceil(late_s))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 
 # Each batch makes those before it count this much less: the last hundred or so decide.
@@ -16,7 +15,7 @@ _ERRORS = 16
 
 
 class BatchTimes:
-    """Least squares over (rows, seconds) with fading memory. observed_at: of the latest batch, monotonic clock.
+    """Least squares over (rows, seconds) with fading memory.
 
     >>> times = BatchTimes([(1, 0.003), (2, 0.005), (8, 0.017)])
     >>> round(times.per_row_s, 6), round(times.fixed_s, 6), round(times.seconds(4), 6)
@@ -29,7 +28,6 @@ class BatchTimes:
         self._count = self._rows = self._seconds = self._squares = self._products = 0.0
         self.per_row_s = self.fixed_s = 0.0
         self._all_of = 0.0  # rows, where the batches of late had all the same
-        self.observed_at = 0.0
         self._largest: dict[tuple[int, float | None], int] = {}
         for rows, seconds in measured:
             self.observe(rows, seconds)
@@ -41,7 +39,6 @@ class BatchTimes:
         self._seconds = self._seconds * _MEMORY + seconds
         self._squares = self._squares * _MEMORY + rows * rows
         self._products = self._products * _MEMORY + rows * seconds
-        self.observed_at = time.monotonic()
         self._largest.clear()
         self._solve()
 
