@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check coverage format tables clean
+.PHONY: demo test check coverage format tables kserve clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fettle demo
@@ -34,5 +34,13 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $@
 
+# KServe's clients for the tests, in an environment of their own: kserve needs an older protobuf than onnx brings.
+kserve: .venv-kserve/.installed
+
+.venv-kserve/.installed:
+	$(PYTHON) -m venv .venv-kserve
+	.venv-kserve/bin/python -m pip install --quiet --disable-pip-version-check 'kserve>=0.15'
+	touch $@
+
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .coverage*
+	rm -rf $(VENV) .venv-kserve .pytest_cache .mypy_cache .ruff_cache .coverage*

@@ -73,6 +73,18 @@ def test_answers_without_torch_logs_and_drains(home, tiny):
     np.testing.assert_allclose(output["data"], runner(np.array(rows, np.float32))[0], atol=1e-4)
 
 
+def test_a_port_for_grpc_is_announced_and_answers(home):
+    grpc = pytest.importorskip("grpc")
+    with serving(home, "tiny", "--grpc-port", "0") as (said, process):
+        with grpc.insecure_channel(said["grpc"]) as channel:
+            # ServerReadyResponse(ready=True): field 1 is true.
+            assert channel.unary_unary("/inference.GRPCInferenceService/ServerReady")(b"", timeout=20) == b"\x08\x01"
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 0, err
+    assert "Traceback" not in err
+
+
 def test_no_log_where_none_is_wanted(home):
     with serving(home, "tiny@champion", "--no-log") as (said, process):
         assert httpx.get(f"{said['url']}/health").json()["ready"] is True
@@ -160,6 +172,16 @@ def test_port_in_use(run, home):
         port = taken.getsockname()[1]
         line = run("serve", "tiny", "--port", port, home=home).refused(2)
     assert f"127.0.0.1:{port}" in line
+
+
+def test_grpc_port_in_use(run, home):
+    pytest.importorskip("grpc")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        line = run("serve", "tiny", "--port", 0, "--grpc-port", port, home=home).refused(2)
+    assert f"127.0.0.1:{port} for gRPC" in line
 
 
 @pytest.mark.parametrize("port", ["-1", "65536", "http"])

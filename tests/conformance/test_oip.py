@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from fettle.testing import oip
-from fettle.testing.oip import binary, compression, infer, refusals, rest
+from fettle.testing.oip import binary, compression, infer, refusals, rest, rpc
 from fettle.testing.oip.client import parse_json
 from fettle.testing.oip.run import main
 from fettle.testing.oip.tensors import (
@@ -51,6 +51,8 @@ def faked(model="pair", fault="", **more):
 # A faultless server
 
 
+# Its gRPC half has a fake and tests of its own: test_oip_grpc.py.
+OVER_GRPC = {check.__name__ for check in rpc.CHECKS}
 # What does not apply: none of the checks on every model.
 SKIPPED = {
     "pair": {"takes_a_body_of_bytes_alone", "refuses_broken_strings"},
@@ -76,7 +78,7 @@ def test_a_faultless_server_passes(model):
     with faked(model) as server:
         results = list(oip.run_checks(server))
     assert [str(result) for result in results if result.outcome == "FAIL"] == []
-    assert {result.name for result in results if result.outcome == "skipped"} == SKIPPED[model]
+    assert {result.name for result in results if result.outcome == "skipped"} - OVER_GRPC == SKIPPED[model]
 
 
 def test_every_check_has_been_seen_to_pass():
@@ -206,7 +208,7 @@ def test_each_fault_fails_the_check_that_is_meant_for_it(model, fault):
 
 
 def test_every_check_has_been_seen_to_fail():
-    assert set(EVERY.values()) == set(oip.CHECKS)
+    assert set(EVERY.values()) == set(oip.CHECKS) - set(rpc.CHECKS)
 
 
 def test_check_names_are_different():
@@ -446,17 +448,21 @@ def fettle_server(request, tmp_path_factory):
     (root / "current").write_text("1")
     script = HERE.parent / "serve" / "run_server.py"
     process = subprocess.Popen(
-        [sys.executable, str(script), str(root), json.dumps({"port": 0})], stdout=subprocess.PIPE, text=True
+        [sys.executable, str(script), str(root), json.dumps({"port": 0, "grpc_port": 0})],
+        stdout=subprocess.PIPE,
+        text=True,
     )
     watch = threading.Timer(60, process.kill)  # a server that never gets ready must not hold up the rest
     watch.start()
     with process:
         try:
-            for word in ("listening", "ready"):
+            said = {}
+            for word in ("grpc", "listening", "ready"):
                 line = process.stdout.readline()
                 assert line.startswith(word), line
+                said[word] = line.split()[1]
             watch.cancel()
-            yield oip.Server(line.split()[1], model="tiny", timeout_s=20)
+            yield oip.Server(said["ready"], model="tiny", timeout_s=20, grpc=said["grpc"])
         finally:
             watch.cancel()
             process.terminate()

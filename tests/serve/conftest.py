@@ -181,6 +181,7 @@ class Running:
             options=self.options,
             on_ready=lambda url: self._ready.set(),
             on_listening=listening,
+            on_grpc=lambda address: setattr(self, "grpc", address),
         )
 
     def wait_ready(self):
@@ -209,6 +210,8 @@ class Process:
             stderr=subprocess.PIPE,
             text=True,
         )
+        if "grpc_port" in options:
+            self.grpc = self._line("grpc").split()[1]
         self.url = self._line("listening").split()[1]
 
     def _line(self, word):

@@ -121,6 +121,7 @@ def main():
             options=ServeOptions(**options),
             on_ready=lambda url: say(f"ready {url}"),
             on_listening=lambda url: say(f"listening {url}"),
+            on_grpc=lambda address: say(f"grpc {address}"),
         )
     say(f"torch {'torch' in sys.modules}")
     sys.exit(code)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,6 +15,7 @@ from fettle.core.names import Reference
 
 if TYPE_CHECKING:
     from fettle.serve.source import ModelSource
+    from fettle.serve.traffic import Traffic
 
 
 # What needs more than a line to say.
@@ -61,6 +64,7 @@ def serve(
     shadow: _Shadow = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 for a free one.")] = 8080,
+    grpc_port: Annotated[int | None, typer.Option(min=0, max=65535, help="Of gRPC; 0 for a free one.")] = None,
     threads: Annotated[int, typer.Option(min=1, help="Threads of one inference.")] = 1,
     grace: Annotated[float, typer.Option(min=0, help="Seconds to serve on after SIGTERM before draining.")] = 0.0,
     log: Annotated[bool, typer.Option(help="Write the prediction log.")] = True,
@@ -70,7 +74,7 @@ def serve(
     as_json: Annotated[bool, typer.Option("--json", help="Announce the URL as one JSON line.")] = False,
 ) -> None:
     """Serve registered models over HTTP: /predict, /v2 (Open Inference Protocol), /health, /metrics."""
-    from fettle.cli._traffic import describe, traffic_of
+    from fettle.cli._traffic import traffic_of
     from fettle.registry import Registry
     from fettle.serve.logs import configure, format_for
     from fettle.serve.options import ServeOptions
@@ -89,6 +93,7 @@ def serve(
     options = ServeOptions(
         host=host,
         port=port,
+        grpc_port=grpc_port,
         threads=threads,
         grace_s=grace,
         observations=home.observations("{model}") if log else None,
@@ -97,10 +102,18 @@ def serve(
         log_format=form,
     )
     configure(form)
+    catalogue, rpc = RegistryCatalogue(registry), list[str]()
+    announce = partial(_announce, traffics, rpc, as_json)
+    raise typer.Exit(run(traffics, options=options, catalogue=catalogue, on_ready=announce, on_grpc=rpc.append))
 
-    def announce(url: str) -> None:
+
+def _announce(traffics: Sequence[Traffic], rpc: Sequence[str], as_json: bool, url: str) -> None:
+    """Say where what is served. rpc: the address of the gRPC port, where there is one."""
+    from fettle.cli._traffic import describe
+
+    if as_json:
         labels = [one.label for traffic in traffics for one in traffic.variants]
         said = {"url": url, "model": labels[0], "models": labels}
-        typer.echo(json.dumps(said) if as_json else f"serving {describe(traffics)} on {url}")
-
-    raise typer.Exit(run(traffics, options=options, catalogue=RegistryCatalogue(registry), on_ready=announce))
+        typer.echo(json.dumps({**said, "grpc": rpc[0]} if rpc else said))
+    else:
+        typer.echo(f"serving {describe(traffics)} on {url}{f' and gRPC on {rpc[0]}' if rpc else ''}")

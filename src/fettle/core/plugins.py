@@ -26,6 +26,8 @@ _EXTRAS = {
     "openvino": "openvino",
     "sklearn": "demo",
     "opentelemetry": "otel",
+    "grpc": "grpc",
+    "google": "grpc",
 }
 
 

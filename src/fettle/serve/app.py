@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from fettle.serve.health import Health
 from fettle.serve.http import Request, Respond, Response
@@ -13,7 +13,7 @@ from fettle.serve.logs import about
 from fettle.serve.metrics import Metrics
 from fettle.serve.options import ServeOptions
 from fettle.serve.refusal import Refusal
-from fettle.serve.routes import Routes
+from fettle.serve.routes import Route
 
 if TYPE_CHECKING:
     from fettle.serve.tracing import Tracing
@@ -21,11 +21,18 @@ if TYPE_CHECKING:
 _log = logging.getLogger("fettle.serve")
 
 
+class Table(Protocol):
+    """What a port answers."""
+
+    def find(self, path: str) -> Route:
+        """Raises Refusal where there is nothing."""
+
+
 class Application:
     """What connections hand their requests to. Nothing in here computes: that is the workers' part."""
 
     def __init__(
-        self, *, options: ServeOptions, health: Health, metrics: Metrics, routes: Routes, tracing: Tracing | None = None
+        self, *, options: ServeOptions, health: Health, metrics: Metrics, routes: Table, tracing: Tracing | None = None
     ) -> None:
         self.begun = 0
         self.in_flight = 0

@@ -113,10 +113,15 @@ class _Tail:
         if size > self.left:
             raise Refusal(400, f"{where}: binary_data_size is {size}, but only {self.left} bytes are left of the body")
         part, self._content = self._content[:size], self._content[size:]
-        return _array(part, dtype, shape, where)
+        return array_of(part, dtype, shape, where)
 
 
-def _array(part: memoryview, dtype: np.dtype[Any], shape: list[int], where: str) -> Array:
+def array_of(part: memoryview, dtype: np.dtype[Any], shape: list[int], where: str) -> Array:
+    """The elements as they lie in memory, as an array of this shape: read-only where it is a view. Raises Refusal 400.
+
+    >>> array_of(memoryview(bytes([1, 0])), np.dtype("uint16"), [1], "input 'x'")
+    array([1], dtype=uint16)
+    """
     if dtype.kind == "b":
         octets = np.frombuffer(part, np.uint8)
         if (highest := int(octets.max())) > 1:

@@ -183,7 +183,7 @@ def _tensors(engine: _Engine, work: Work, payloads: Sequence[memoryview]) -> Non
         except Exception as problem:
             engine.batch.results[index] = engine._refusal(problem, item)
             continue
-        ready = _Ready(index=index, inputs=call.inputs, rows=call.rows, finish=_formatted(model, call))
+        ready = _Ready(index=index, inputs=call.inputs, rows=call.rows, finish=_formatted(work, model, call))
         # Requests for a model of a fixed size share nothing.
         groups.setdefault(call.shape if model.row_wise else index, []).append(ready)
     for group in groups.values():
@@ -191,7 +191,11 @@ def _tensors(engine: _Engine, work: Work, payloads: Sequence[memoryview]) -> Non
 
 
 def _call(work: Work, item: Item, payload: memoryview, model: LoadedModel) -> InferCall:
-    if work.kind == "binary":
+    if work.kind == "grpc":
+        from fettle.serve.rpc.tensors import parse_grpc  # protobuf, which is an extra
+
+        call = parse_grpc(payload, model.signature)
+    elif work.kind == "binary":
         call = parse_binary(payload, header_bytes=item.header_bytes, signature=model.signature)
     else:
         call = protocol.parse_infer(payload, model.signature)
@@ -200,7 +204,11 @@ def _call(work: Work, item: Item, payload: memoryview, model: LoadedModel) -> In
     return call
 
 
-def _formatted(model: LoadedModel, call: InferCall) -> Callable[[Answer], Content]:
+def _formatted(work: Work, model: LoadedModel, call: InferCall) -> Callable[[Answer], Content]:
+    if work.kind == "grpc":
+        from fettle.serve.rpc.tensors import format_grpc
+
+        return lambda answer: (format_grpc(answer, model=model, call=call), 0)
     if call.binary:
         return lambda answer: format_binary(answer, model=model, call=call)
     return lambda answer: (protocol.format_infer(answer, model=model, call=call), 0)

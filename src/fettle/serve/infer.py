@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from fettle.serve.binary import header_bytes_of
 from fettle.serve.compression import compress
@@ -42,6 +44,11 @@ def kind_of(request: Request, body: bytes) -> tuple[Kind, int]:
     return "json", 0
 
 
+def _announced(request: Request, body: bytes) -> tuple[Kind, int, int]:
+    kind, header_bytes = kind_of(request, body)
+    return kind, header_bytes, announced_rows(body, header_bytes)
+
+
 def respond_with(request: Request, result: Result) -> Response:
     """The answer of a model, compressed where the client wants that and it is worth it.
 
@@ -60,3 +67,18 @@ def respond_with(request: Request, result: Result) -> Response:
         if encoding:
             headers["content-encoding"] = encoding
     return Response(200, content, content_type, headers)
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How requests of one transport are read, and answered.
+
+    announce: how a worker must read the body, how many bytes of it are JSON before tensors, and how many rows it has
+    by its own word. Raises Refusal 400 or 415.
+    """
+
+    announce: Callable[[Request, bytes], tuple[Kind, int, int]]
+    respond: Callable[[Request, Result], Response]
+
+
+REST = Form(_announced, respond_with)

@@ -12,7 +12,7 @@ from functools import partial
 from fettle.serve.compression import decompress
 from fettle.serve.dispatch import Dispatcher
 from fettle.serve.http import Request, Respond, Response
-from fettle.serve.infer import announced_rows, kind_of, respond_with
+from fettle.serve.infer import REST, Form
 from fettle.serve.jobs import Job, Result
 from fettle.serve.lanes import Mounted
 from fettle.serve.logs import about
@@ -29,7 +29,7 @@ TIMEOUT = "x-request-timeout-ms"
 
 
 class Inference:
-    """The handlers of `/v2/models/NAME/infer` and `/predict`."""
+    """The handlers of `/v2/models/NAME/infer`, of the same over gRPC, and of `/predict`."""
 
     def __init__(
         self, *, options: ServeOptions, dispatcher: Dispatcher, log: ObservationLog | None, shadow: Shadow | None = None
@@ -39,11 +39,14 @@ class Inference:
         self._log = log
         self._shadow = shadow
 
-    def infer(self, request: Request, respond: Respond, *, deployment: Deployment, version: str) -> None:
+    def infer(
+        self, request: Request, respond: Respond, *, deployment: Deployment, version: str, form: Form = REST
+    ) -> None:
         model = self._choose(request, deployment, version)
         deadline = self._deadline(request)
         self._dispatcher.admit(model, deadline=deadline)
-        self._with_body(request, respond, partial(self._infer_body, request, respond, deployment, model, deadline))
+        go_on = partial(self._infer_body, request, respond, deployment, model, deadline, form)
+        self._with_body(request, respond, go_on)
 
     def _choose(self, request: Request, deployment: Deployment, version: str = "") -> Mounted:
         model = deployment.choose(version, headers=request.headers, body=request.body)
@@ -57,24 +60,24 @@ class Inference:
         deployment: Deployment,
         model: Mounted,
         deadline: float,
+        form: Form,
         body: bytes,
     ) -> None:
-        kind, header_bytes = kind_of(request, body)
-        rows = announced_rows(body, header_bytes) if model.served.row_wise else 1
+        kind, header_bytes, rows = form.announce(request, body)
 
         def done(outcome: Result | Refusal) -> None:
             if isinstance(outcome, Refusal):
                 respond(Response.refused(outcome))
                 return
             self._observe(request, model, outcome)
-            respond(respond_with(request, outcome))
+            respond(form.respond(request, outcome))
 
         job = Job(
             model=model,
             kind=kind,
             item=Item(request.id, len(body), False, header_bytes, _trace_id(request)),
             payload=body,
-            rows=rows,
+            rows=rows if model.served.row_wise else 1,
             deadline=deadline,
             done=done,
         )

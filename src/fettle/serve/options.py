@@ -31,7 +31,7 @@ def available_cores() -> int:
 class ServeOptions:
     """Where to listen, how much to accept, how long to wait.
 
-    host, port: an IP address and a port; port 0 takes a free one.
+    host, port: an IP address and a port; port 0 takes a free one. grpc_port: of gRPC, None for no such port.
     threads: threads inside one inference; workers: processes, and so inferences at the same time, by default one for
         each core.
     max_batch_rows: most rows in one inference; max_queue_rows: rows that may wait, more are refused with 429.
@@ -62,6 +62,7 @@ class ServeOptions:
 
     host: str = "127.0.0.1"
     port: int = 8080
+    grpc_port: int | None = None
     threads: int = 1
     workers: int = field(default_factory=available_cores)
     max_batch_rows: int = 32
@@ -91,8 +92,10 @@ class ServeOptions:
     log_format: Format = "text"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.port <= 65535:
-            raise UsageError(f"port must be 0 to 65535, got {self.port}")
+        for name in ("port", "grpc_port"):
+            port = getattr(self, name)
+            if port is not None and not 0 <= port <= 65535:
+                raise UsageError(f"{name} must be 0 to 65535, got {port}")
         for name in _AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}")

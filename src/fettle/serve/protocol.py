@@ -51,7 +51,9 @@ class InputJson(msgspec.Struct):
     parameters: _Parameters = {}
 
 
-class _Wanted(msgspec.Struct):
+class WantedJson(msgspec.Struct):
+    """One output that is asked for, nothing checked yet but the types."""
+
     name: str
     parameters: _Parameters = {}
 
@@ -62,7 +64,7 @@ class RequestJson(msgspec.Struct):
     inputs: list[InputJson]
     id: str | None = None
     parameters: _Parameters = {}
-    outputs: list[_Wanted] | None = None
+    outputs: list[WantedJson] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

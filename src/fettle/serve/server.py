@@ -1,8 +1,8 @@
 """The life of a server: bind, load beside it, serve, and end without losing a request.
 
 On SIGTERM or SIGINT, in this order: readiness turns 503 and every answer closes its connection; requests are served on
-for `grace_s`, until the load balancer has noticed; no new connection begins; running requests end; the prediction log
-is written; the process returns 0. A second signal ends it at once.
+for `grace_s`, until the load balancer has noticed; no new connection begins, and no new call over gRPC; running
+requests end; the prediction log is written; the process returns 0. A second signal ends it at once.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import uvloop
 
+from fettle.core.errors import FettleError
 from fettle.core.plugins import missing_extra
 from fettle.serve.app import Application
 from fettle.serve.connection import Connection, Connections
@@ -36,6 +37,7 @@ from fettle.serve.shadow import Shadow
 from fettle.serve.traffic import Declared, declared
 
 if TYPE_CHECKING:
+    from fettle.serve.rpc.server import RpcServer
     from fettle.serve.tracing import Tracing
 
 _log = logging.getLogger("fettle.serve")
@@ -64,18 +66,33 @@ def serve(
     catalogue: Catalogue | None = None,
     on_ready: Announce = _nothing,
     on_listening: Announce = _nothing,
+    on_grpc: Announce = _nothing,
 ) -> int:
     """Serve until SIGTERM or SIGINT, and return the exit code: 0 after a clean drain, 1 otherwise.
 
     models: the source of one model, or its Traffic where it has several versions; a sequence of these for several.
     catalogue: what else may be loaded while the server runs.
     on_listening: called with the URL once the port is open: health and metrics answer from then on.
+    on_grpc: called with HOST:PORT of the gRPC port, where there is one, before on_listening.
     on_ready: called with the URL once each model has a proven version; never, where one has none.
     Raises UsageError where the address cannot be had, or the models cannot be served together. Call it from the main
     thread.
     """
     _spare_collections()
-    return uvloop.run(_serve_until_signal(models, options, catalogue, on_ready, on_listening))
+
+    async def run() -> int:
+        stop = _stopped_by_signals()
+        return await serve_until(
+            stop,
+            models,
+            options=options,
+            catalogue=catalogue,
+            on_ready=on_ready,
+            on_listening=on_listening,
+            on_grpc=on_grpc,
+        )
+
+    return uvloop.run(run())
 
 
 def _spare_collections() -> None:
@@ -85,9 +102,8 @@ def _spare_collections() -> None:
     gc.set_threshold(_COLLECT_EVERY, 20, 50)
 
 
-async def _serve_until_signal(
-    models: Declared, options: ServeOptions, catalogue: Catalogue | None, on_ready: Announce, on_listening: Announce
-) -> int:
+def _stopped_by_signals() -> asyncio.Event:
+    """Set by SIGTERM or SIGINT; a second one ends the process at once."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -98,9 +114,7 @@ async def _serve_until_signal(
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, received, number)
-    return await serve_until(
-        stop, models, options=options, catalogue=catalogue, on_ready=on_ready, on_listening=on_listening
-    )
+    return stop
 
 
 async def serve_until(
@@ -111,10 +125,13 @@ async def serve_until(
     catalogue: Catalogue | None = None,
     on_ready: Announce = _nothing,
     on_listening: Announce = _nothing,
+    on_grpc: Announce = _nothing,
 ) -> int:
     """Like `serve`, inside a running loop, until the event is set."""
     service = Service(models, options, catalogue=catalogue, on_ready=on_ready)
     await service.start()
+    if service.rpc is not None:
+        on_grpc(service.rpc.address)
     on_listening(service.url)
     await stop.wait()
     return 0 if await service.drain() else 1
@@ -164,9 +181,14 @@ class Service:
         self._application = Application(
             options=options, health=self._health, metrics=metrics, routes=routes, tracing=self._tracing
         )
+        try:
+            self.rpc = self._rpc_server(metrics, inference)
+        except FettleError:
+            bound.close()
+            raise
         metrics.watch(
             queued_rows=lambda: self._dispatcher.queued_rows,
-            in_flight=lambda: self._application.in_flight,
+            in_flight=lambda: self._in_flight,
             ready=lambda: self._health.ready,
             versions=self.models.versions,
         )
@@ -174,10 +196,28 @@ class Service:
         self._listener = Listener(lambda: Connection(self._application, self._connections), bound)
         self._sweeper: asyncio.Task[None] | None = None
 
+    def _rpc_server(self, metrics: Metrics, inference: Inference) -> RpcServer | None:
+        """The gRPC port with an application of its own, where one is asked for. Raises MissingExtra, UsageError."""
+        options = self._options
+        if options.grpc_port is None:
+            return None
+        try:
+            from fettle.serve.rpc.calls import Calls
+            from fettle.serve.rpc.server import RpcServer
+        except ModuleNotFoundError as problem:
+            raise missing_extra("a gRPC port", problem) from None
+        calls = Calls(models=self.models, health=self._health, inference=inference)
+        application = Application(
+            options=options, health=self._health, metrics=metrics, routes=calls, tracing=self._tracing
+        )
+        return RpcServer(options=options, application=application, calls=calls)
+
     async def start(self) -> None:
         """Open the port, then load: liveness and the reason for not being ready are told from the first moment."""
         self._lanes.start()
         await self._listener.start()
+        if self.rpc is not None:
+            await self.rpc.start()
         self._dispatcher.start()
         if self._shadow is not None:
             self._shadow.start()
@@ -188,9 +228,11 @@ class Service:
         """End in the order of this module's docstring. False where work was left undone."""
         options = self._options
         self._health.draining = True
-        _log.info("draining: %d requests in flight", self._application.in_flight)
+        _log.info("draining: %d requests in flight", self._in_flight)
         await asyncio.sleep(options.grace_s)
         self._listener.refuse_connections()
+        if self.rpc is not None:
+            self.rpc.refuse_calls()
         await self._settle()
         self._listener.stop()
         clean = await self._until_quiet(options.drain_timeout_s)
@@ -199,6 +241,8 @@ class Service:
         if self._shadow is not None:
             await self._shadow.close()
         self._connections.close_idle()
+        if self.rpc is not None:
+            await self.rpc.close()
         await self._lanes.close(_WORKERS_END_S if clean else 0.0)
         if self._log is not None:
             clean &= await asyncio.to_thread(self._log.close, options.drain_timeout_s)
@@ -208,6 +252,14 @@ class Service:
             self._sweeper.cancel()
         _log.info("ended %s", "cleanly" if clean else "with work undone")
         return clean
+
+    @property
+    def _begun(self) -> int:
+        return self._application.begun + (self.rpc.begun if self.rpc is not None else 0)
+
+    @property
+    def _in_flight(self) -> int:
+        return self._application.in_flight + (self.rpc.in_flight if self.rpc is not None else 0)
 
     def _changed(self) -> None:
         if not self._announced and self._health.ready:
@@ -221,19 +273,19 @@ class Service:
 
     async def _settle(self) -> None:
         """Wait until no accepted connection is likely to bring another request."""
-        quiet, heard, end = 0, self._application.begun, time.monotonic() + _SETTLE_AT_MOST_S
+        quiet, heard, end = 0, self._begun, time.monotonic() + _SETTLE_AT_MOST_S
         while quiet < _SETTLE_POLLS and time.monotonic() < end:
             await asyncio.sleep(_POLL_S)
-            begun = self._application.begun
+            begun = self._begun
             quiet = 0 if begun != heard or self._listener.waiting() else quiet + 1
             heard = begun
 
     async def _until_quiet(self, timeout_s: float) -> bool:
         """Wait until every request that has begun is answered. False where some were not in time."""
         end = time.monotonic() + timeout_s
-        while (self._application.in_flight or self._connections.receiving) and time.monotonic() < end:
+        while (self._in_flight or self._connections.receiving) and time.monotonic() < end:
             await asyncio.sleep(_POLL_S)
-        return self._application.in_flight == 0
+        return self._in_flight == 0
 
 
 def _tracing() -> Tracing:

@@ -19,7 +19,7 @@ MAX_FRAME_BYTES = 2**31
 # Statistics of one row: see `core.statistics`.
 STATISTICS = 5
 
-Kind = Literal["image", "json", "binary"]
+Kind = Literal["image", "json", "binary", "grpc"]
 
 
 class Item(msgspec.Struct, array_like=True, frozen=True):

@@ -1,6 +1,6 @@
 """A conformance suite for any server of the Open Inference Protocol v2, from outside: all it needs is the address.
 
-python -m fettle.testing.oip http://127.0.0.1:8080 --model digits
+python -m fettle.testing.oip http://127.0.0.1:8080 --model digits --grpc 127.0.0.1:8081
 
 from fettle.testing.oip import CHECKS, Server, Skipped
 
@@ -11,10 +11,10 @@ def test_mine_conforms(check):
     except Skipped as reason:
         pytest.skip(str(reason))
 
-rest, infer, refusals, binary, compression   the checks, each a function of a Server that raises AssertionError
-server, tensors, client                      what is asked: the address, made-up tensors, HTTP with a deadline
-answers                                      what an answer must be
-run                                          all checks, as values or as lines
+rest, infer, refusals, binary, compression, rpc   the checks, each a function of a Server that raises AssertionError
+server, tensors, client                           what is asked: the address, made-up tensors, HTTP with a deadline
+answers                                           what an answer must be
+run                                               all checks, as values or as lines
 
 It changes nothing on the server, beyond what it asks of it: a few hundred small requests and two of a megabyte.
 """

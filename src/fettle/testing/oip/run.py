@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from fettle.testing.oip import binary, compression, infer, refusals, rest
+from fettle.testing.oip import binary, compression, infer, refusals, rest, rpc
 from fettle.testing.oip.client import Skipped, Target, Unanswered, parse_json
 from fettle.testing.oip.server import Server
 
@@ -26,6 +26,7 @@ GROUPS: Mapping[str, tuple[Check, ...]] = {
     "refusals": refusals.CHECKS,
     "binary": binary.CHECKS,
     "compression": compression.CHECKS,
+    "grpc": rpc.CHECKS,
 }
 CHECKS: tuple[Check, ...] = tuple(check for group in GROUPS.values() for check in group)
 _OPTED_OUT = "left out by --skip"
@@ -92,13 +93,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m fettle.testing.oip",
-        description="Try every rule of the Open Inference Protocol v2 (REST) on a running server.",
+        description="Try every rule of the Open Inference Protocol v2 on a running server.",
         epilog="Exit code: 0 nothing failed, 1 something did, 2 nothing could be tried.",
     )
     parser.add_argument("url", help="where the server is: http://HOST[:PORT], without /v2")
     parser.add_argument("--model", default="", help="the model to try; needed unless the server lists just one")
     parser.add_argument("--version", default="", help="its version; by default the server chooses")
     parser.add_argument("--token", default="", help="sent as Authorization: Bearer TOKEN")
+    parser.add_argument("--grpc", default="", metavar="HOST:PORT", help="where it answers gRPC; else that is skipped")
     parser.add_argument("--skip", action="append", default=[], metavar="NAME", help="leave out a check or a group")
     parser.add_argument("--free", type=_count, default=1, help="size of free dimensions besides the first (1)")
     parser.add_argument("--timeout", type=_seconds, default=10.0, help="seconds for each request (10)")
@@ -127,6 +129,7 @@ def _server(options: argparse.Namespace) -> Server:
         token=options.token,
         timeout_s=options.timeout,
         free=options.free,
+        grpc=options.grpc,
     )
     try:
         Target.parse(server.url)

@@ -22,6 +22,7 @@ class Server:
     token: sent as `Authorization: Bearer TOKEN` with every request.
     timeout_s: for each request, from connecting to the last byte of the answer.
     free: what free dimensions become in made-up inputs; the first one is the number of rows.
+    grpc: HOST:PORT of its gRPC half, in the clear; "" leaves the checks of it out.
     """
 
     url: str
@@ -31,6 +32,7 @@ class Server:
     token: str = ""
     timeout_s: float = 10.0
     free: int = 1
+    grpc: str = ""
 
     # HTTP
 
