@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.installed
 	$(BIN)/fettle demo
 
-test: $(VENV)/.installed check
+test: $(VENV)/.installed kserve check
 	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=15
 
 # Apart from `test`: counting lines makes the tests a third slower.
@@ -39,7 +39,7 @@ kserve: .venv-kserve/.installed
 
 .venv-kserve/.installed:
 	$(PYTHON) -m venv .venv-kserve
-	.venv-kserve/bin/python -m pip install --quiet --disable-pip-version-check 'kserve>=0.15'
+	.venv-kserve/bin/python -m pip install --quiet --disable-pip-version-check 'kserve==0.21.*'
 	touch $@
 
 clean:
