@@ -84,8 +84,10 @@ class Lane:
             body = b"".join(payloads)
         report = wire.Done(work.id, outcomes, 0.001, rows)
         try:
+            wire.check_done(report, work, len(body))
             self._lanes.on_done(self, batch, report, memoryview(body))
         except Exception:  # as a real lane does with a worker that makes no sense
+            self.batch = batch
             self.lose()
 
     def lose(self):
@@ -247,6 +249,22 @@ def test_the_maximum_is_of_rows_and_larger_jobs_run_alone():
             bench.submit(name, model=model, rows=rows)
         await bench.finish_all()
         assert bench.names() == [["a", "b"], ["c"], ["d"], ["e"]]
+
+    play(scene)
+
+
+def test_the_maximum_is_of_bytes_too_and_larger_jobs_run_alone(monkeypatch):
+    monkeypatch.setattr(wire, "MAX_BATCH_BYTES", 10)
+
+    async def scene(bench):
+        model = mounted()
+        bench.submit("first", model=model)
+        await turn()
+        for name, size in (("a", 4), ("b", 6), ("c", 1), ("d", 11), ("e", 10)):
+            bench.submit(name, model=model, payload=name.encode() * size)
+        await bench.finish_all()
+        assert bench.names()[1:] == [["aaaa", "bbbbbb"], ["c"], ["d" * 11], ["e" * 10]]
+        assert {bench.status(name) for name in "abcde"} == {200}
 
     play(scene)
 

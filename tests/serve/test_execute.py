@@ -15,6 +15,7 @@ from PIL import Image
 from fettle.core.runner import Runner
 from fettle.core.signature import ImagePreprocess, Signature, TensorSpec
 from fettle.core.statistics import input_statistics
+from fettle.serve import execute as module
 from fettle.serve import wire
 from fettle.serve.execute import execute
 from fettle.serve.model import LoadedModel, is_classifier, is_row_wise
@@ -439,3 +440,9 @@ def test_the_layout_is_content_then_probabilities_then_statistics():
     rest = rest[56 + bad.size :]
     assert rest[last.header_bytes : last.size] == y[:1].tobytes()
     assert rest[last.size :] == probabilities[:1].tobytes() + input_statistics(x[:1]).tobytes()
+
+
+def test_an_answer_that_does_not_fit_into_a_frame_is_413_and_its_neighbors_are_told(monkeypatch):
+    monkeypatch.setattr(module, "MAX_ANSWER_BYTES", 2000)
+    found = statuses(run(Calls(), "json", [json_of(rows(1)), json_of(np.ones((300, 2))), json_of(rows(3))]))
+    assert found == [200, 413, 200]

@@ -5,7 +5,10 @@ import binascii
 import io
 import itertools
 import math
+import struct
 import warnings
+import zlib
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ import simplejpeg
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from fettle.core.signature import ImagePreprocess
 from fettle.serve import images
@@ -332,3 +336,56 @@ def test_bad_base64(text):
         with pytest.raises(Refusal) as caught:
             decode_base64(sent)
         assert caught.value.status == 400
+
+
+def pieces(kind):
+    """Two megabytes of the smallest pieces that a file may be made of, and what a file has of its own around them."""
+    jpeg = encode(noise(8, 8), "JPEG")
+    header = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 8, 2, 0, 0, 0))
+    pixels = zlib.compress(bytes(8 * 25))
+    count = 2**21
+    return {
+        "segments": b"\xff\xd8" + b"\xff\xe1\x00\x02" * (count // 4) + jpeg[2:-30],
+        "fill bytes": b"\xff\xd8" + b"\xff" * count + jpeg[3:-30],
+        "junk": b"\xff\xd8\xff\xe0\x00\x02" + bytes(count) + jpeg[2:-30],
+        "chunks": header + chunk(b"abCd", b"") * (count // 12) + chunk(b"IDAT", pixels) + chunk(b"IEND", b""),
+        "empty pixels": header + chunk(b"IDAT", b"") * (count // 12) + chunk(b"IDAT", pixels) + chunk(b"IEND", b""),
+        "chunks at the end": header
+        + chunk(b"IDAT", pixels)
+        + chunk(b"abCd", b"") * (count // 12)
+        + chunk(b"IEND", b""),
+    }[kind]
+
+
+def chunk(name, content):
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+
+@pytest.mark.parametrize("kind", ["segments", "fill bytes", "junk", "chunks", "empty pixels", "chunks at the end"])
+def test_a_file_of_very_many_small_pieces_is_refused(kind, monkeypatch):
+    """Sixteen megabytes of them kept a worker busy for many seconds."""
+    reads = Counter()
+
+    class Counted(images._Rationed):
+        def read(self, size=-1, /):
+            reads[kind] += 1
+            return super().read(size)
+
+    monkeypatch.setattr(images, "_Rationed", Counted)
+    with pytest.raises(Refusal, match="so many small pieces") as caught:
+        preprocess(pieces(kind), SPEC, max_pixels=10**6)
+    assert caught.value.status == 400
+    assert reads[kind] < 15_000
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_a_large_color_profile_and_many_texts_are_no_reason_to_refuse(kind):
+    options = {"icc_profile": bytes(16_000_000)}
+    if kind == "PNG":
+        texts = PngInfo()
+        for number in range(300):
+            texts.add_text(f"t{number}", "x")
+        options = {"icc_profile": bytes(900_000), "pnginfo": texts}
+    content = encode(noise(400, 300), kind, **options)
+    np.testing.assert_array_equal(preprocess(content, SPEC, max_pixels=10**6)[0], by_pillow(content, SPEC))
+    images.decode_image(content, max_pixels=10**6).load()

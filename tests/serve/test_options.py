@@ -36,3 +36,9 @@ def test_a_containers_quota_counts(tmp_path, monkeypatch, text, cores):
     monkeypatch.setattr(module, "_CGROUP_CPU", path)
     monkeypatch.setattr(module.os, "sched_getaffinity", lambda pid: {0, 1, 2, 3})
     assert available_cores() == cores
+
+
+def test_a_body_must_fit_into_a_frame():
+    assert ServeOptions(max_body_bytes=2**30).max_body_bytes == 2**30
+    with pytest.raises(UsageError, match="max_body_bytes must be at most 1073741824, got 1073741825"):
+        ServeOptions(max_body_bytes=2**30 + 1)

@@ -168,3 +168,43 @@ def test_items_and_outcomes_are_short_lists():
 def test_the_lengths_are_little_endian_and_of_the_header_first():
     frame = wire.frame(wire.Unload(1), 258)
     assert frame[:8] == bytes([len(frame) - 8, 0, 0, 0, 2, 1, 0, 0])
+
+
+WORK = wire.Work(7, 1, "json", [wire.Item("a", 3), wire.Item("b", 3)], True, 1, 1)
+GOOD = wire.Done(7, [wire.Outcome(200, 5, 2, rows=1, classes=3), wire.Outcome(400, 2)], 0.1, 1)
+GOOD_BYTES = 5 + 4 * (3 + wire.STATISTICS) + 2
+
+
+def test_a_report_that_describes_its_body_passes():
+    wire.check_done(GOOD, WORK, GOOD_BYTES)
+
+
+@pytest.mark.parametrize(
+    ("changes", "size"),
+    [
+        ({"id": 6}, GOOD_BYTES),
+        ({"outcomes": GOOD.outcomes[:1]}, GOOD_BYTES - 2),
+        ({"outcomes": [*GOOD.outcomes, wire.Outcome(200, 0)]}, GOOD_BYTES),
+        ({}, GOOD_BYTES + 1),
+        ({}, GOOD_BYTES - 1),
+        ({"outcomes": [wire.Outcome(200, -1), wire.Outcome(200, 1)]}, 0),
+        ({"outcomes": [wire.Outcome(200, 1, -1), wire.Outcome(200, 0)]}, 1),
+        ({"outcomes": [wire.Outcome(200, 1, 2), wire.Outcome(200, 0)]}, 1),
+        ({"outcomes": [wire.Outcome(200, 40, 0, -2, 0), wire.Outcome(200, 0)]}, 0),
+        ({"outcomes": [wire.Outcome(200, 0, 0, 2, -5), wire.Outcome(200, 0)]}, 0),
+        ({"outcomes": [wire.Outcome(299, 1), wire.Outcome(200, 0)]}, 1),
+        ({"outcomes": [wire.Outcome(999, 1), wire.Outcome(200, 0)]}, 1),
+        ({"seconds": float("nan")}, GOOD_BYTES),
+        ({"seconds": -0.1}, GOOD_BYTES),
+        ({"rows": -1}, GOOD_BYTES),
+    ],
+)
+def test_a_report_that_cannot_be_is_an_error(changes, size):
+    with pytest.raises(ValueError, match=r"work|batch|outcome"):
+        wire.check_done(msgspec.structs.replace(GOOD, **changes), WORK, size)
+
+
+@pytest.mark.parametrize(("rows", "seconds"), [([1], []), ([0], [0.1]), ([1], [float("inf")]), ([2], [-1.0])])
+def test_a_warm_up_that_cannot_be_is_an_error(rows, seconds):
+    with pytest.raises(ValueError, match="warm-up"):
+        wire.check_loaded(wire.Loaded(1, rows, seconds))

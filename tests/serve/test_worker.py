@@ -213,6 +213,27 @@ def test_unload_frees_the_model(hand, shelf_root, kit):
     kit.until(lambda: forgotten(reference))
 
 
+def test_after_an_unload_its_memory_goes_back_to_the_system(hand, shelf_root, monkeypatch):
+    held = []
+    monkeypatch.setattr(worker_module, "give_back", lambda: held.append(set(hand.worker._models)))
+    for key in (1, 2):
+        hand.load(shelf_root / str(key), key)
+        hand.hear()
+    hand.tell(wire.Unload(1))
+    hand.work([], key=2)
+    hand.answers()
+    for thread in threading.enumerate():
+        if thread.name == "fettle-give-back":
+            thread.join(20)
+    assert held == [{2}]
+
+
+def test_giving_memory_back_takes_nothing_that_is_in_use():
+    array = np.arange(2**20)
+    worker_module.give_back()
+    assert array[-1] == 2**20 - 1
+
+
 def test_unload_of_what_is_not_there_changes_nothing(hand, shelf_root):
     hand.tell(wire.Unload(9))
     hand.load(shelf_root / "1")

@@ -97,7 +97,8 @@ class Connection(asyncio.Protocol):
         self._current: Request | None = None
         self._refused: bytes | None = None
         self._discarded = 0
-        self._paused = self._blocked = False
+        self._unsent = 0
+        self._paused = self._blocked = self._ended = False
         # What the client is in the middle of, and what of it `due` is about.
         self._stage = self._timed = _IDLE
         self._reset()
@@ -165,13 +166,17 @@ class Connection(asyncio.Protocol):
 
     def eof_received(self) -> bool:
         # A client may close its side once it has sent its last request, and still wants the answer.
+        self._ended = True
         return self._current is not None or bool(self._waiting)
 
     def pause_writing(self) -> None:
         self._blocked = True
+        self._wait(self._options.body_timeout_s)
 
     def resume_writing(self) -> None:
         self._blocked = False
+        if self._refused is None and self._transport is not None and not self._transport.is_closing():
+            self._wait(self._options.idle_timeout_s)
         self._next()
 
     # From the parser
@@ -263,7 +268,7 @@ class Connection(asyncio.Protocol):
         assert self._current is request, "a request is answered once"
         self._current = None
         more = bool(self._waiting) or self._refused is not None
-        close = not keep or (self._application.draining and not more)
+        close = not keep or ((self._application.draining or self._ended) and not more)
         self._transport.write(_encoded(request, response, close=close))
         if close:
             self._end()
@@ -271,7 +276,7 @@ class Connection(asyncio.Protocol):
             asyncio.get_running_loop().call_soon(self._next)
         elif self._refused is not None:
             self._answer_refused()
-        else:
+        elif not self._blocked:
             self._wait(self._options.idle_timeout_s)
 
     def _refuse_now(self, refusal: Refusal) -> None:
@@ -297,10 +302,22 @@ class Connection(asyncio.Protocol):
 
     def _wait(self, seconds: float) -> None:
         self.due = time.monotonic() + seconds
+        self._unsent = self._waits_for_client()
+
+    def _waits_for_client(self) -> int:
+        """Bytes of answers that the client has not taken."""
+        return 0 if self._transport is None else self._transport.get_write_buffer_size()
 
     def expire(self) -> None:
-        """A timeout has struck: 408 where a body is half there, else just the end."""
+        """A timeout has struck: 408 where a body is half there, else just the end; a slow reader may go on reading."""
         self.due = None
+        unsent = self._waits_for_client()
+        if unsent and self._transport is not None:
+            if unsent < self._unsent:
+                self._wait(self._options.body_timeout_s)
+            else:
+                self._transport.abort()
+            return
         if self._current is not None:  # the next request is late, but this one still deserves its answer
             return
         if self._request is not None and self._refused is None:
@@ -317,6 +334,7 @@ class Connection(asyncio.Protocol):
     def _end(self) -> None:
         if self._transport is not None:
             self._transport.close()
+            self._wait(self._options.body_timeout_s)
 
 
 def _encoded(request: Request, response: Response, *, close: bool) -> bytes:

@@ -186,9 +186,10 @@ class Dispatcher:
         ends = time.monotonic() + queue.model.times.seconds(min(limit, queue.rows))
         batch: list[Job] = []
         late: list[Job] = []
-        rows = 0
+        rows = size = 0
         while (job := queue.head()) is not None:
-            if batch and (job.alone or batch[0].alone or rows + job.rows > limit or not job.model.served.row_wise):
+            too_much = rows + job.rows > limit or size + job.item.size > wire.MAX_BATCH_BYTES
+            if batch and (job.alone or batch[0].alone or too_much or not job.model.served.row_wise):
                 break
             queue.take()
             if job.deadline < ends and queue.jobs:
@@ -196,6 +197,7 @@ class Dispatcher:
                 continue
             batch.append(job)
             rows += job.rows
+            size += job.item.size
         for job in late:
             job.settle(_too_late())
         return batch
@@ -227,10 +229,6 @@ class Dispatcher:
 
     def _done(self, lane: Lane, batch: list[Job], report: wire.Done, body: memoryview) -> None:
         self._running.pop(lane.number, None)
-        if len(report.outcomes) != len(batch):
-            _log.error("worker %d gave %d outcomes for %d jobs", lane.number, len(report.outcomes), len(batch))
-            self._lost(lane, batch)
-            return
         now = time.monotonic()
         if report.rows:
             model = batch[0].model

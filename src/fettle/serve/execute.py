@@ -25,7 +25,7 @@ from fettle.serve.model import LoadedModel, ModelFault, run
 from fettle.serve.predict import format_prediction, image_spec
 from fettle.serve.protocol import InferCall
 from fettle.serve.refusal import Refusal
-from fettle.serve.wire import Item, Outcome, Work
+from fettle.serve.wire import MAX_ANSWER_BYTES, Item, Outcome, Work
 
 _log = logging.getLogger("fettle.serve")
 
@@ -46,24 +46,32 @@ class Batch:
 
     def packed(self) -> tuple[list[Outcome], list[bytes]]:
         """As the wire wants it."""
-        outcomes, parts = [], []
+        outcomes: list[Outcome] = []
+        parts: list[bytes] = []
+        left = MAX_ANSWER_BYTES
         for result in self.results:
-            if isinstance(result, Refusal):
-                text = result.message.encode()
-                outcomes.append(Outcome(status=result.status, size=len(text)))
-                parts.append(text)
-                continue
-            assert result is not None, "an item without an outcome would hang"
-            (content, header_bytes), answer = result
-            probabilities, statistics = answer.probabilities, answer.statistics
-            rows = classes = 0
-            parts.append(content)
-            if probabilities is not None and statistics is not None:
-                rows, classes = probabilities.shape
-                parts.append(np.ascontiguousarray(probabilities, np.float32).tobytes())
-                parts.append(np.ascontiguousarray(statistics, np.float32).tobytes())
-            outcomes.append(Outcome(200, len(content), header_bytes, rows, classes))
+            outcome, own = _packed(result)
+            size = sum(map(len, own))
+            if size > left:
+                outcome, own = _packed(Refusal(413, f"the answer would have {size} bytes: send fewer rows at once"))
+            left -= sum(map(len, own))
+            outcomes.append(outcome)
+            parts += own
         return outcomes, parts
+
+
+def _packed(result: tuple[Content, Answer] | Refusal | None) -> tuple[Outcome, list[bytes]]:
+    if isinstance(result, Refusal):
+        text = result.message.encode("utf-8", "replace")
+        return Outcome(status=result.status, size=len(text)), [text]
+    assert result is not None, "an item without an outcome would hang"
+    (content, header_bytes), answer = result
+    probabilities, statistics = answer.probabilities, answer.statistics
+    if probabilities is None or statistics is None:
+        return Outcome(200, len(content), header_bytes), [content]
+    rows, classes = probabilities.shape
+    observed = [np.ascontiguousarray(array, np.float32).tobytes() for array in (probabilities, statistics)]
+    return Outcome(200, len(content), header_bytes, rows, classes), [content, *observed]
 
 
 @dataclass(slots=True, kw_only=True)

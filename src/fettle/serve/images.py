@@ -30,6 +30,11 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 MAX_SCANS = 100
 _MANY_SCANS_BYTES = 2048
 _MAX_SEGMENTS = 200
+# Pillow reads headers in Python, a few bytes at a time: megabytes of empty JPEG segments, of PNG chunks or of fill
+# bytes take it many seconds. The largest profile a JPEG can hold is 255 segments, of four reads each.
+_HEADER_READS = 1500
+# Pixels come in pieces of some kilobytes, in PNG files of four reads each.
+_BYTES_A_READ = 256
 _JPEG = b"\xff\xd8\xff"
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _SEQUENTIAL = (0xC0, 0xC1)
@@ -140,6 +145,8 @@ def _pillow(content: bytes | memoryview, spec: ImagePreprocess, max_pixels: int)
         if image.mode == "P" and "transparency" in image.info:
             image = image.convert("RGBA")  # Pillow warns where a transparent palette goes to RGB in one step.
         return _fitted(image, target, spec)
+    except Refusal:
+        raise
     except Exception:
         raise Refusal(400, f"the {image.format} image cannot be decoded: truncated or damaged") from None
 
@@ -151,14 +158,32 @@ def decode_image(content: bytes | memoryview, *, max_pixels: int) -> Image.Image
     """
     if not content:
         raise Refusal(400, "an image must not be empty")
+    file = _Rationed(content, _HEADER_READS)
     try:
-        image = Image.open(io.BytesIO(content), formats=FORMATS)
+        image = Image.open(file, formats=FORMATS)
+    except Refusal:
+        raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise Refusal(413, f"an image may have at most {max_pixels} pixels, got more") from None
     except Exception:
         raise Refusal(400, f"an image must be a {', '.join(FORMATS)} file, got something else") from None
     _check_size(image.size, max_pixels)
+    file.reads_left = _HEADER_READS + len(content) // _BYTES_A_READ
     return image
+
+
+class _Rationed(io.BytesIO):
+    """A file that may be read only so many times: what takes more is made to take long. Raises Refusal 400."""
+
+    def __init__(self, content: bytes | memoryview, reads: int) -> None:
+        super().__init__(content)
+        self.reads_left = reads
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self.reads_left -= 1
+        if self.reads_left < 0:
+            raise Refusal(400, "an image file must not be cut into so many small pieces")
+        return super().read(size)
 
 
 def _check_size(size: tuple[int, int], max_pixels: int) -> None:

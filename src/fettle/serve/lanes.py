@@ -14,12 +14,13 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 from fettle.core.errors import ArtifactError
 from fettle.serve import wire
+from fettle.serve.descriptors import SHORTAGES
 from fettle.serve.fit import BatchTimes
 from fettle.serve.logs import LOG_FORMAT
 from fettle.serve.metrics import Metrics
@@ -33,7 +34,7 @@ _BUFFER_BYTES = 2**20
 # More deaths than this within the window, and the lane is given up: whatever kills it will do so again.
 _DEATHS = 5
 _DEATHS_WITHIN_S = 60.0
-_FIRST_WAIT_S = 0.05
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.05, 2.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,6 +61,7 @@ class Lane(asyncio.Protocol):
         self._deaths: deque[float] = deque(maxlen=_DEATHS)
         self._transport: asyncio.Transport | None = None
         self._frames = wire.Frames()
+        self._work: wire.Work | None = None
         self._loading: dict[int, asyncio.Future[wire.Loaded]] = {}
         self._keeper: asyncio.Task[None] | None = None
         self._lost = asyncio.Event()
@@ -111,7 +113,7 @@ class Lane(asyncio.Protocol):
         """Give the worker a batch; `batch` comes back with its outcome."""
         assert self._transport is not None
         assert self.batch is None
-        self.batch, self.busy_since = batch, time.monotonic()
+        self.batch, self._work, self.busy_since = batch, work, time.monotonic()
         self._transport.writelines([wire.frame(work, sum(len(payload) for payload in payloads)), *payloads])
 
     def kill(self) -> None:
@@ -138,6 +140,10 @@ class Lane(asyncio.Protocol):
                 await self._run_worker()
             except OSError as problem:
                 _log.error("worker %d cannot be started: %s", self.number, problem)
+                if problem.errno in SHORTAGES:
+                    wait_s = min(wait_s * 2, _LONGEST_WAIT_S)
+                    await asyncio.sleep(wait_s)
+                    continue
             self._deaths.append(time.monotonic())
             lived = time.monotonic() - started
             if len(self._deaths) == _DEATHS and self._deaths[-1] - self._deaths[0] < _DEATHS_WITHIN_S:
@@ -145,7 +151,7 @@ class Lane(asyncio.Protocol):
                 _log.error("%s", self.problem)
                 self._lanes.on_given_up(self)
                 return
-            wait_s = _FIRST_WAIT_S if lived > _DEATHS_WITHIN_S else min(wait_s * 2, 2.0)
+            wait_s = _FIRST_WAIT_S if lived > _DEATHS_WITHIN_S else min(wait_s * 2, _LONGEST_WAIT_S)
             await asyncio.sleep(wait_s)
 
     async def _run_worker(self) -> None:
@@ -195,6 +201,10 @@ class Lane(asyncio.Protocol):
 
     def _told(self, report: wire.Report, body: memoryview) -> None:
         if isinstance(report, wire.Done):
+            if self._work is None:
+                raise ValueError(f"nobody asked for work {report.id}")
+            wire.check_done(report, self._work, len(body))
+            self._work = None
             self._lanes.on_done(self, self.batch, report, body)
             self.batch = None  # only now: where the report makes no sense, the batch is that of a worker that is lost
             return
@@ -202,6 +212,7 @@ class Lane(asyncio.Protocol):
         if future is None or future.done():
             return
         if isinstance(report, wire.Loaded):
+            wire.check_loaded(report)
             future.set_result(report)
         else:
             _log.error("worker %d refused a version: %s", self.number, report.detail)
@@ -213,7 +224,7 @@ class Lane(asyncio.Protocol):
         for future in self._loading.values():
             if not future.done():
                 future.set_exception(ArtifactError("a worker process died while it loaded this version"))
-        batch, self.batch = self.batch, None
+        batch, self.batch, self._work = self.batch, None, None
         self._lost.set()
         self._lanes.on_end()
         self._lanes.on_lost(self, batch)
@@ -282,7 +293,8 @@ class Lanes:
                 for lane in lanes:
                     await lane.load(mounted)
             else:
-                await asyncio.gather(*(lane.load(mounted) for lane in lanes))
+                # All must have ended: one that is still loading would keep what the others could not.
+                await _all_of(*(lane.load(mounted) for lane in lanes))
         except ArtifactError:
             self._drop(mounted)
             raise
@@ -321,6 +333,13 @@ def _give_way(pid: int) -> None:
             os.sched_setscheduler(pid, os.SCHED_IDLE, os.sched_param(0))
     except OSError as problem:  # it has ended already, or a container forbids it
         _log.warning("process %d keeps its priority: %s", pid, problem)
+
+
+async def _all_of(*loads: Coroutine[Any, Any, None]) -> None:
+    """Wait for all, then raise the first problem."""
+    for outcome in await asyncio.gather(*loads, return_exceptions=True):
+        if isinstance(outcome, BaseException):
+            raise outcome
 
 
 def _end(process: subprocess.Popen[bytes], timeout_s: float) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fettle.core.errors import UsageError
 from fettle.serve.logs import FORMATS, Format
+from fettle.serve.wire import MAX_ALONE_BYTES
 
 _CGROUP_CPU = Path("/sys/fs/cgroup/cpu.max")
 
@@ -37,12 +38,14 @@ class ServeOptions:
     max_batch_rows: most rows in one inference; max_queue_rows: rows that may wait, more are refused with 429.
     max_body_bytes: larger bodies are refused with 413, before they are read.
     max_image_pixels: larger images are refused from their header, before they are decoded.
-    max_connections: open connections at the same time; further ones wait in the kernel's queue.
+    max_connections: open connections at the same time, fewer where the limit of open files is lower (`ulimit -n`);
+        further ones are answered with 503.
     max_header_bytes, max_headers: of a request's target and headers; more are refused with 431.
     promise_s: batches are no larger than what ends within this time, None for no such bound.
     idle_timeout_s: a connection without a request is closed after this time; header_timeout_s: a header that is not
         whole by then ends its connection.
-    body_timeout_s: a body that has not arrived by then is answered with 408.
+    body_timeout_s: a body that has not arrived by then is answered with 408; a client that takes nothing of its answer
+        for so long is left.
     request_timeout_s: from the body's arrival to the answer, else 504; a client may ask for less with the header
         X-Request-Timeout-Ms. What could not be answered in time is refused at once with 429.
     worker_timeout_s: a worker that is silent for so long in one batch is ended and replaced.
@@ -107,6 +110,8 @@ class ServeOptions:
                 raise UsageError(f"{name} must be a positive number of seconds, got {value}")
         if self.log_format not in FORMATS:
             raise UsageError(f"log_format must be one of {', '.join(FORMATS)}, got {self.log_format!r}")
+        if self.max_body_bytes > MAX_ALONE_BYTES:
+            raise UsageError(f"max_body_bytes must be at most {MAX_ALONE_BYTES}, got {self.max_body_bytes}")
         if self.max_queue_rows < self.max_batch_rows:
             raise UsageError(
                 f"max_queue_rows must be at least max_batch_rows, got {self.max_queue_rows} < {self.max_batch_rows}"

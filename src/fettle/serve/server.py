@@ -14,6 +14,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import uvloop
@@ -23,6 +24,7 @@ from fettle.core.plugins import missing_extra
 from fettle.serve.app import Application
 from fettle.serve.connection import Connection, Connections
 from fettle.serve.deploy import Deployer
+from fettle.serve.descriptors import room_for
 from fettle.serve.dispatch import Dispatcher
 from fettle.serve.health import Health
 from fettle.serve.inference import Inference
@@ -137,6 +139,13 @@ async def serve_until(
     return 0 if await service.drain() else 1
 
 
+def _within_descriptors(options: ServeOptions) -> ServeOptions:
+    room = room_for(options.max_connections)
+    if room < options.max_connections:
+        _log.warning("the limit of open files leaves room for %d of %d connections", room, options.max_connections)
+    return replace(options, max_connections=room)
+
+
 class Service:
     """The parts of one server process, and the order in which they begin and end."""
 
@@ -146,6 +155,7 @@ class Service:
         self._tracing = _tracing() if options.trace else None
         traffics = declared(models)
         bound = bind(options.host, options.port)
+        options = _within_descriptors(options)
         self.url = address_of(bound)
         self._options = options
         self._on_ready = on_ready

@@ -6,15 +6,22 @@ this wire is ever unpickled: a worker that has gone wrong can spoil an answer, n
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterator
+from http import HTTPStatus
 from typing import Literal, TypeVar
 
 import msgspec
 
 _LENGTHS = struct.Struct("<II")
-# A frame holds one batch; every body in it was let in under the server's own limit.
+# A frame holds one batch: requests of no more bytes than these together, or one request alone; and their answers.
 MAX_FRAME_BYTES = 2**31
+MAX_BATCH_BYTES = 2**26
+MAX_ALONE_BYTES = 2**30
+MAX_ANSWER_BYTES = MAX_FRAME_BYTES - 2**24
+
+_REFUSALS = frozenset(status.value for status in HTTPStatus if status >= 400)
 
 # Statistics of one row: see `core.statistics`.
 STATISTICS = 5
@@ -102,6 +109,44 @@ class Done(msgspec.Struct, tag=True, frozen=True):
     outcomes: list[Outcome]
     seconds: float
     rows: int
+
+
+def check_loaded(report: Loaded) -> None:
+    """Raise ValueError where the times cannot be those of batches."""
+    if len(report.rows) != len(report.seconds) or min(report.rows, default=1) < 1 or not _times(report.seconds):
+        raise ValueError(f"the warm-up cannot have taken {report.seconds} s for {report.rows} rows")
+
+
+def check_done(report: Done, work: Work, body_bytes: int) -> None:
+    """Raise ValueError where the report is not of this work, or does not describe its own body: it may not be cut.
+
+    >>> work = Work(1, 1, "json", [Item("a", 2)], False, 1, 1)
+    >>> check_done(Done(1, [Outcome(200, 5)], 0.1, 1), work, 5)
+    >>> check_done(Done(1, [Outcome(200, 5)], 0.1, 1), work, 6)
+    Traceback (most recent call last):
+    ValueError: the outcomes describe 5 bytes, the body has 6
+    """
+    if report.id != work.id or len(report.outcomes) != len(work.items):
+        raise ValueError(f"{len(report.outcomes)} outcomes of work {report.id} for {len(work.items)} of {work.id}")
+    if report.rows < 0 or not _times([report.seconds]):
+        raise ValueError(f"a batch cannot have {report.rows} rows and take {report.seconds} s")
+    described = 0
+    for outcome in report.outcomes:
+        if not _possible(outcome):
+            raise ValueError(f"there is no such outcome: {outcome}")
+        described += outcome.size + 4 * outcome.rows * (outcome.classes + STATISTICS)
+    if described != body_bytes:
+        raise ValueError(f"the outcomes describe {described} bytes, the body has {body_bytes}")
+
+
+def _times(seconds: list[float]) -> bool:
+    return all(math.isfinite(one) and one >= 0.0 for one in seconds)
+
+
+def _possible(outcome: Outcome) -> bool:
+    if outcome.status == 200:
+        return 0 <= outcome.header_bytes <= outcome.size and outcome.rows >= 0 and outcome.classes >= 0
+    return outcome.status in _REFUSALS and outcome.size >= 0 and not outcome.rows
 
 
 Order = Load | Unload | Work
