@@ -31,8 +31,8 @@ class Net:
 class Row:
     """One system on one network. accuracy, drop, agreement: shares of the n test rows, drop and p against float.
 
-    differs: the test rows given another class than float gives. validation_agreement: nan for a system that ran
-    apart. timings: by batch size, none for such a one.
+    picks: the batch sizes for which fettle chose it. differs: the test rows given another class than float gives.
+    validation_agreement: nan for a system that ran apart. timings: by batch size, none for such a one.
     """
 
     net: str
@@ -41,7 +41,7 @@ class Row:
     engine: str
     precision: str
     note: str
-    pick: bool
+    picks: tuple[int, ...]
     n: int
     accuracy: float
     drop: float
@@ -57,27 +57,39 @@ class Row:
         return self.precision.startswith("int8") and self.precision != "int8-weights"
 
 
-def int8_of_fettle(rows: list[Row], net: Net) -> Row | None:
-    """Its pick on this network or, where that is not int8, its int8 that agrees most often on validation; or None."""
+def int8_of_fettle(rows: list[Row], net: Net) -> list[Row]:
+    """Its int8 on this network: for each batch size its pick, or where that is another precision, the int8 that agrees
+    most often on validation. One row, where they are the same one; none, where it has no int8.
+    """
     ours = [row for row in rows if row.net == net.name and row.by == "fettle" and row.is_int8]
-    return max(ours, key=lambda row: (row.pick, row.validation_agreement), default=None)
+    found = []
+    for batch in sorted({batch for row in rows if row.net == net.name for batch in row.picks}):
+        best = max(ours, key=lambda row: (batch in row.picks, row.validation_agreement), default=None)
+        if best is not None and best not in found:
+            found.append(best)
+    return found
 
 
 def claim_closest(rows: list[Row], nets: tuple[Net, ...]) -> Claim:
-    """fettle's int8 beside the int8 peer that agrees most often; p: whether the two differ by more than chance."""
+    """fettle's int8, for each batch size, beside the int8 peer that agrees most often.
+
+    p: whether the two differ by more than chance.
+    """
     statement = "no int8 peer agrees with float more often than fettle's int8"
     figures, holds = [], True
     for net in nets:
         ours = int8_of_fettle(rows, net)
         peers = [row for row in rows if row.net == net.name and row.by == "peer" and row.is_int8]
-        if ours is None or not peers:
+        if not ours or not peers:
             return Claim(statement, holds=False, figures=f"{net.name}: no int8 of {'fettle' if peers else 'a peer'}")
         best = max(peers, key=lambda row: row.agreement)
-        holds &= ours.agreement >= best.agreement
-        p = compare_paired(agrees(best), agrees(ours)).p_mid
-        figures.append(
-            f"{net.name} {ours.agreement:.2%} against {best.agreement:.2%} of {best.name} in {best.engine} (p {p:.2f})"
-        )
+        for row in ours:
+            holds &= row.agreement >= best.agreement
+            p = compare_paired(agrees(best), agrees(row)).p_mid
+            figures.append(
+                f"{net.name} {row.agreement:.2%} against {best.agreement:.2%} of {best.name} in {best.engine} "
+                f"(p {p:.2f})"
+            )
     return Claim(statement, holds=holds, figures=", ".join(figures))
 
 
@@ -96,10 +108,11 @@ def claim_agreement(rows: list[Row], nets: tuple[Net, ...]) -> Claim:
         if net.min_agreement is None:
             continue
         ours = int8_of_fettle(rows, net)
-        if ours is None:
+        if not ours:
             return Claim(statement, holds=False, figures=f"{net.name}: no int8 of fettle")
-        holds &= ours.agreement >= net.min_agreement - SLACK
-        figures.append(f"{net.name} {ours.agreement:.2%} of {net.min_agreement:.1%}")
+        for row in ours:
+            holds &= row.agreement >= net.min_agreement - SLACK
+            figures.append(f"{net.name} {row.agreement:.2%} of {net.min_agreement:.1%}")
     return Claim(statement, holds=holds, figures=", ".join(figures))
 
 
@@ -109,26 +122,27 @@ def claim_drop(rows: list[Row], nets: tuple[Net, ...]) -> Claim:
     figures, holds = [], True
     for net in nets:
         ours = int8_of_fettle(rows, net)
-        if ours is None:
+        if not ours:
             return Claim(statement, holds=False, figures=f"{net.name}: no int8 of fettle")
-        holds &= ours.drop <= net.max_drop + SLACK
-        figures.append(f"{net.name} {100 * ours.drop:+.2f} of {100 * net.max_drop:.1f} points")
+        for row in ours:
+            holds &= row.drop <= net.max_drop + SLACK
+            figures.append(f"{net.name} {100 * row.drop:+.2f} of {100 * net.max_drop:.1f} points")
     return Claim(statement, holds=holds, figures=", ".join(figures))
 
 
 def claim_speed(rows: list[Row], nets: tuple[Net, ...]) -> Claim:
-    """fettle's pick, whatever its precision, beside the fastest int8 system of all, its own included."""
+    """fettle's pick for a batch size, of any precision, beside the fastest int8 at that size, its own included."""
     statement = f"fettle's pick takes at most {MAX_RATIO} times as long as the fastest int8"
     figures, holds = [], True
     for net in nets:
         timed = [row for row in rows if row.net == net.name and row.timings]
-        picks = [row for row in timed if row.pick]
+        picks = {batch: row for row in timed for batch in row.picks}
         int8 = [row for row in timed if row.is_int8]
         if not picks or not int8:
             return Claim(statement, holds=False, figures=f"{net.name}: no {'int8' if picks else 'pick of fettle'}")
-        for batch in picks[0].timings:
+        for batch, pick in sorted(picks.items()):
             fastest = min(int8, key=lambda row: row.timings[batch].median_ms)
-            ratio = picks[0].timings[batch].median_ms / fastest.timings[batch].median_ms
+            ratio = pick.timings[batch].median_ms / fastest.timings[batch].median_ms
             holds &= ratio <= MAX_RATIO
             figures.append(f"{net.name} batch {batch} {ratio:.2f} × {fastest.name} in {fastest.engine}")
     return Claim(statement, holds=holds, figures=", ".join(figures))

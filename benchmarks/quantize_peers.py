@@ -60,7 +60,8 @@ class Apart:
 class System:
     """Something to measure. `load(batch)` gives a predictor for that batch size, `load(None)` one for any size.
 
-    load: None where the system ran `apart`. by: "peer" or "fettle"; pick: fettle's own choice among its candidates.
+    load: None where the system ran `apart`. by: "peer" or "fettle"; picks: the batch sizes for which it is fettle's own
+    choice among its candidates.
     """
 
     name: str
@@ -69,7 +70,7 @@ class System:
     load: Callable[[int | None], Predict] | None
     note: str = ""
     by: str = "peer"
-    pick: bool = False
+    picks: tuple[int, ...] = ()
     apart: Apart | None = None
 
 

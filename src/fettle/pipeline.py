@@ -23,7 +23,7 @@ from fettle.core.names import check_name
 from fettle.core.project import Project
 from fettle.core.recipe import Budget, Recipe
 from fettle.core.signature import ImagePreprocess
-from fettle.evaluate.choose import choose, describe, describe_precision, shortfall
+from fettle.evaluate.choose import choose, describe, describe_precision, describe_slack, shortfall
 from fettle.evaluate.comparison import Comparison, SplitUse
 from fettle.evaluate.html import write_html
 from fettle.evaluate.pareto import front_of
@@ -174,7 +174,12 @@ def _compare(
     missed = shortfall(best, task.budget, baseline)
     candidates = tuple(trial.candidate for trial in trials)
     original = next(candidate for candidate in candidates if candidate.label == BASELINE)
-    sentences = (*describe(best, baseline, missed=missed), describe_precision(candidates))
+    picked = next(candidate for candidate in candidates if candidate.is_same(best))
+    sentences = (
+        *describe(best, baseline, missed=missed),
+        describe_slack(picked, choose(candidates, replace(task.budget, slack=0.0), original)),
+        describe_precision(candidates),
+    )
     return Comparison(
         name=task.name,
         met_floor=missed is None,
@@ -227,6 +232,7 @@ def optimize_project(
                 min_metric=file.budget.min_metric,
                 minimize=file.budget.minimize,
                 time_limit=file.budget.time_limit,
+                slack=file.budget.slack,
             ),
             name=file.name,
             classes=file.task.classes,

@@ -58,9 +58,9 @@ def row(claims: ModuleType, net: str, by: str, *, differing: int = 0, **changes:
     """A row of int8; `differing` of its answers are not float's."""
     timings = {batch: claims.Timing(1.0, 1.0, 1.0, 5, 50) for batch in (1, 32)}
     plain = claims.Row(
-        net=net, by=by, name=by, engine="e", precision="int8", note="", pick=by == "fettle", n=N, accuracy=0.88,
-        drop=0.001, p=0.5, agreement=1 - differing / N, differs=tuple(range(differing)), validation_agreement=0.99,
-        timings=timings,
+        net=net, by=by, name=by, engine="e", precision="int8", note="", n=N, accuracy=0.88, drop=0.001, p=0.5,
+        picks=(1, 32) if by == "fettle" else (), agreement=1 - differing / N, differs=tuple(range(differing)),
+        validation_agreement=0.99, timings=timings,
     )  # fmt: skip
     return replace(plain, **changes)
 
@@ -99,7 +99,7 @@ def test_fettle_may_tie_with_the_best_peer_and_no_more(
 
 @pytest.mark.parametrize(
     "changes",
-    [{"precision": "float"}, {"precision": "bf16"}, {"precision": "int8-weights"}, {"by": "fettle", "pick": False}],
+    [{"precision": "float"}, {"precision": "bf16"}, {"precision": "int8-weights"}, {"by": "fettle", "picks": ()}],
 )
 def test_only_int8_peers_can_beat_fettle(claims: ModuleType, nets: tuple[Any, ...], changes: dict[str, Any]) -> None:
     perfect = replace(row(claims, "first", "peer", validation_agreement=0.5), **changes)
@@ -154,12 +154,23 @@ def test_where_the_pick_is_float_the_best_int8_on_validation_stands_for_it(
     claims: ModuleType, nets: tuple[Any, ...]
 ) -> None:
     pick = row(claims, "first", "fettle", precision="float")
-    good = row(claims, "first", "fettle", pick=False, validation_agreement=0.995, name="good")
-    better_on_test = row(claims, "first", "fettle", pick=False, validation_agreement=0.99, agreement=1.0)
-    assert claims.int8_of_fettle([pick, better_on_test, good], nets[0]) is good
+    good = row(claims, "first", "fettle", picks=(), validation_agreement=0.995, name="good")
+    better_on_test = row(claims, "first", "fettle", picks=(), validation_agreement=0.99, agreement=1.0)
+    assert claims.int8_of_fettle([pick, better_on_test, good], nets[0]) == [good]
     mixed = row(claims, "first", "fettle", precision="int8+float", validation_agreement=0.5)
-    assert claims.int8_of_fettle([good, mixed, better_on_test], nets[0]) is mixed
-    assert claims.int8_of_fettle([pick], nets[0]) is None
+    assert claims.int8_of_fettle([good, mixed, better_on_test], nets[0]) == [mixed]
+    assert claims.int8_of_fettle([pick], nets[0]) == []
+
+
+def test_each_pick_is_claimed_for_at_its_own_batch_size(claims: ModuleType, nets: tuple[Any, ...]) -> None:
+    for_one = row(claims, "first", "fettle", differing=5, picks=(1,), timings=slower(claims, 32, 9.0))
+    for_many = row(claims, "first", "fettle", differing=7, picks=(32,), timings=slower(claims, 1, 9.0))
+    rows = [*both(claims)[:3], for_one, for_many]
+    assert claims.claim_speed(rows, nets).holds
+    assert "first 99.50% against" in claims.claim_closest(rows, nets).figures
+    assert "first 99.30% against" in claims.claim_closest(rows, nets).figures
+    assert not claims.claim_closest([*rows[:4], replace(for_many, agreement=0.99)], nets).holds
+    assert not claims.claim_speed([*rows[:4], replace(for_many, timings=slower(claims, 32, 2.0))], nets).holds
 
 
 def test_nothing_measured_is_no_claim_kept(claims: ModuleType, nets: tuple[Any, ...]) -> None:
@@ -198,38 +209,44 @@ class FakeTrial:
 
     @property
     def artifact(self) -> Any:
-        return SimpleNamespace(digest=self.label)
+        return SimpleNamespace(
+            digest=self.label, manifest=SimpleNamespace(recipe=SimpleNamespace(digest=self.precision))
+        )
 
     def load(self, *, threads: int) -> Any:
         assert threads == 1
         return lambda rows: np.roll(rows, 1 if self.precision == "int8" else 0, axis=0)
 
 
-def pretend(accuracy: ModuleType, monkeypatch: pytest.MonkeyPatch, best: FakeTrial) -> None:
+def pretend(accuracy: ModuleType, monkeypatch: pytest.MonkeyPatch, best: dict[int, FakeTrial]) -> None:
+    """`fettle.optimize`, with the best of each batch size."""
     trials = [
         FakeTrial(runtime, precision) for runtime in ("onnxruntime", "openvino") for precision in ("float", "int8")
     ]
     failed = FakeTrial("eager", "int8", failure="it was late")
-    outcome = SimpleNamespace(
-        candidates=trials, best=best, comparison=SimpleNamespace(candidates=[*trials[:1], failed])
-    )
-    monkeypatch.setattr(accuracy.fettle, "optimize", lambda *_, **__: outcome, raising=False)
+
+    def optimize(*_: Any, batch: int, **__: Any) -> Any:
+        comparison = SimpleNamespace(candidates=[*trials[:1], failed])
+        return SimpleNamespace(candidates=trials, best=best[batch], comparison=comparison)
+
+    monkeypatch.setattr(accuracy.fettle, "optimize", optimize, raising=False)
     monkeypatch.setattr(accuracy.fettle, "Budget", lambda **_: None, raising=False)
 
 
 def test_fettles_candidates_become_systems_its_pick_is_marked_and_its_failures_are_named(
     accuracy: ModuleType, problem: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pretend(accuracy, monkeypatch, FakeTrial("openvino", "int8"))
+    best = FakeTrial("openvino", "int8")
+    pretend(accuracy, monkeypatch, {1: best, 32: best})
     missing: dict[str, str] = {}
     systems = accuracy.build_fettle(problem, problem.test, effort=accuracy.QUICK, missing=missing)
-    assert [(system.engine, system.precision, system.pick, system.note) for system in systems] == [
-        ("onnxruntime", "float", False, "float in onnxruntime"),
-        ("onnxruntime", "int8", False, "int8 in onnxruntime"),
-        ("openvino", "float", False, "float in openvino"),
-        ("openvino", "int8", True, "int8 in openvino"),
+    assert [(system.engine, system.precision, system.picks, system.note) for system in systems] == [
+        ("onnxruntime", "float", (), "float in onnxruntime"),
+        ("onnxruntime", "int8", (), "int8 in onnxruntime"),
+        ("openvino", "float", (), "float in openvino"),
+        ("openvino", "int8", (1, 32), "int8 in openvino"),
     ]
-    assert missing == {"fettle int8 in eager (first)": "it was late"}
+    assert missing == {f"fettle int8 in eager (first, batch {batch})": "it was late" for batch in (1, 32)}
     wanted = (np.array([0, 1, 2, 3]), np.array([0, 1, 2, 0]))
     judged = [accuracy.judge(system, problem, wanted, timings={}) for system in systems]
     assert [found.accuracy for found in judged] == [1.0, 0.0, 1.0, 0.0]
@@ -239,10 +256,23 @@ def test_fettles_candidates_become_systems_its_pick_is_marked_and_its_failures_a
     assert (judged[1].drop, judged[1].agreement, judged[1].differs) == (0.75, 0.0, (0, 1, 2, 3))
 
 
+def test_each_batch_size_has_its_pick_and_what_both_runs_made_is_one_system(
+    accuracy: ModuleType, problem: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend(accuracy, monkeypatch, {1: FakeTrial("openvino", "float"), 32: FakeTrial("openvino", "int8")})
+    systems = accuracy.build_fettle(problem, problem.test, effort=accuracy.QUICK, missing={})
+    assert [(system.name, system.picks) for system in systems] == [
+        ("fettle", ()),
+        ("fettle", ()),
+        ("fettle, its pick at batch 1", (1,)),
+        ("fettle, its pick at batch 32", (32,)),
+    ]
+
+
 def test_a_pick_that_is_no_candidate_is_an_error(
     accuracy: ModuleType, problem: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pretend(accuracy, monkeypatch, FakeTrial("elsewhere", "int8"))
+    pretend(accuracy, monkeypatch, {1: FakeTrial("elsewhere", "int8")})
     with pytest.raises(LookupError, match="one of outcome"):
         accuracy.build_fettle(problem, problem.test, effort=accuracy.QUICK, missing={})
 

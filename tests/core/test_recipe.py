@@ -43,3 +43,9 @@ def test_the_floor_is_the_higher_of_both(baseline, drop, least):
     assert floor >= baseline - drop
     assert least is None or floor >= least
     assert floor in (baseline - drop, least)
+
+
+@pytest.mark.parametrize("slack", [-0.01, math.nan, math.inf])
+def test_a_slack_that_is_no_share_is_refused(slack):
+    with pytest.raises(UsageError, match=r"budget\.slack must be a share of at least 0"):
+        Budget(slack=slack)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fettle.core.errors import UsageError
 from fettle.core.recipe import Budget
 from fettle.core.report import Measurement
-from fettle.evaluate.choose import choose, describe, describe_precision, shortfall
+from fettle.evaluate.choose import choose, describe, describe_precision, describe_slack, shortfall
 from fettle.evaluate.comparison import Candidate
 from fettle.evaluate.pareto import front_of, pareto_mask
 
@@ -114,6 +114,49 @@ def test_choose_is_the_slow_reading_of_its_rule(data: st.DataObject) -> None:
     nearer = [one for one in near if one.size_bytes <= 1.01 * min(other.size_bytes for other in near)]
     assert best in nearer
     assert best.metric.value == max(one.metric.value for one in nearer)
+
+
+def away(divergence: float) -> tuple[Measurement, ...]:
+    return (Measurement(name="parity.divergence", value=divergence),)
+
+
+@pytest.mark.parametrize(
+    ("slack", "p50", "size", "divergence", "wanted"),
+    [
+        (0.03, 1.029, 102, 0.5, "near"),
+        (0.03, 1.031, 100, 0.5, "fast"),
+        (0.03, 1.029, 104, 0.5, "fast"),
+        (0.03, 1.029, 100, 0.99, "fast"),
+        (0.03, 1.029, 100, 0.0, "near"),
+        (0.0, 1.0, 100, 0.5, "fast"),
+        (0.5, 1.4, 140, 0.5, "near"),
+    ],
+    ids=["paid for", "too slow", "too large", "hardly nearer", "exact", "no slack", "much slack"],
+)
+def test_a_little_time_and_size_may_be_spent_on_nearer_answers(
+    candidate: Make, slack: float, p50: float, size: int, divergence: float, wanted: str
+) -> None:
+    original = candidate("original", 0.90, 4.0, 400, extra=away(0.0))
+    fast = candidate("fast", 0.9, 1.0, 100, extra=away(1.0))
+    near = candidate("near", 0.899, p50, size, extra=away(divergence))
+    budget = Budget(max_drop=0.01, minimize=("latency", "size"), slack=slack)
+    assert choose([fast, near], budget, original).label == wanted
+    assert choose([near, fast], budget, original).label == wanted
+
+
+def test_slack_buys_no_loss_of_the_metric(candidate: Make) -> None:
+    original = candidate("original", 0.90, 4.0, extra=away(0.0))
+    fast, near = candidate("fast", 0.9, 1.0, extra=away(1.0)), candidate("near", 0.8, 1.0, extra=away(0.1))
+    assert choose([fast, near], BUDGET, original).label == "fast"
+
+
+def test_what_the_slack_has_bought_in_words(candidate: Make) -> None:
+    fast, near = candidate("int8", 0.9, 1.0, extra=away(0.5)), candidate("near", 0.9, 1.02, extra=away(0.25))
+    assert describe_slack(fast, fast) is None
+    assert describe_slack(near, fast) == (
+        "It takes 1.020 times as long as int8, and its answers diverge 50 % less from the original's: that is what "
+        "budget.slack is for."
+    )
 
 
 def make(label: str, accuracy: float, p50: float, size: float) -> Candidate:

@@ -82,9 +82,24 @@ def test_measurements() -> None:
     rng = np.random.default_rng(0)
     a = rng.normal(size=(100, 5))
     by_name = {m.name: m for m in compare_outputs(a, a + 0.1 * rng.normal(size=a.shape)).measurements("test")}
-    assert set(by_name) == {"parity.agreement", "parity.max_abs", "parity.mean_abs", "parity.sqnr"}
+    assert set(by_name) == {"parity.agreement", "parity.max_abs", "parity.mean_abs", "parity.sqnr", "parity.divergence"}
     agreement = by_name["parity.agreement"]
     assert agreement.low is not None
     assert agreement.low < agreement.value
     assert (agreement.n, agreement.data, agreement.direction) == (100, "test", "higher")
     assert by_name["parity.sqnr"].unit == "dB"
+
+
+def test_divergence_is_the_mean_root_over_the_rows() -> None:
+    generator = np.random.default_rng(3)
+    a, b = generator.normal(size=(50, 4)), generator.normal(size=(50, 4))
+    expected = 0.0
+    for row, other in zip(a, b, strict=True):
+        p, q = np.exp(row) / np.exp(row).sum(), np.exp(other) / np.exp(other).sum()
+        expected += float(np.sqrt(sum(x * math.log(x / y) for x, y in zip(p, q, strict=True)))) / 50
+    assert compare_outputs(a, b).divergence == pytest.approx(expected)
+    assert compare_outputs(a, a).divergence == 0.0
+    column = compare_outputs(a[:, :1], b[:, :1])
+    assert column.divergence == pytest.approx(float(np.abs(a[:, 0] - b[:, 0]).mean()))
+    masked = np.array([[0.0, -math.inf, 1.0]])
+    assert "parity.divergence" not in {each.name for each in compare_outputs(masked, masked).measurements()}

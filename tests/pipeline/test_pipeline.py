@@ -267,7 +267,11 @@ def test_mirrored_and_read_only_arrays(go, view):
 def test_several_inputs_and_outputs(go, case):
     outcome = go(case=case, runtimes=ORT)
     assert not outcome.comparison.failed
-    assert len(outcome.candidates) == 3
+    labels = {trial.candidate.label for trial in outcome.candidates}
+    # Whether a layer in float is worth its time is measured: it may be one more candidate.
+    assert labels - {"int8 with float layers in onnxruntime"} == {
+        "float in eager", "int8 in onnxruntime", "float in onnxruntime",
+    }  # fmt: skip
     inputs = [x.numpy() for x in CASES[case].data(rows=7, seed=9)]
     expected = CASES[case].build()(*(torch.from_numpy(x) for x in inputs))
     expected = expected if isinstance(expected, tuple) else (expected,)

@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 from fettle.compress.capture import export_program
-from fettle.compress.quantize.numerics.blocks import quantize_blocks
+from fettle.compress.quantize.numerics.blocks import quantize_blocks, quantize_rows
 from fettle.core import plugins
 from fettle.core.errors import ExportError
 from fettle.core.runner import RuntimeBase
 from fettle.core.signature import Signature, TensorSpec
-from fettle.runtime._operations import LINEAR_BLOCKS, LINEAR_DYNAMIC, pack
+from fettle.runtime._operations import LINEAR_BLOCKS, LINEAR_DYNAMIC, LINEAR_ROWS, pack
 from fettle.testing.runtimes import seal
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -66,11 +66,11 @@ def test_blocks_multiply_the_restored_weight(bits, with_bias, generator):
     assert torch.allclose(LINEAR_BLOCKS(x, pack(codes, bits=bits), scales, bias, bits), want, atol=1e-2, rtol=1e-4)
 
 
-@pytest.mark.parametrize("operation", [LINEAR_BLOCKS, LINEAR_DYNAMIC])
+@pytest.mark.parametrize("operation", [LINEAR_BLOCKS, LINEAR_ROWS, LINEAR_DYNAMIC])
 def test_torch_finds_the_operation_well_formed(operation):
     whole = torch.full((4, 3), 2, dtype=torch.int8), torch.ones(3), None
     blocks = torch.full((3, 1, 4), 129, dtype=torch.uint8), torch.ones(3, 1), torch.ones(3), 8
-    arguments = (torch.randn(2, 4), *(whole if operation is LINEAR_DYNAMIC else blocks))
+    arguments = (torch.randn(2, 4), *(blocks if operation is LINEAR_BLOCKS else whole))
     torch.library.opcheck(operation, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
@@ -118,6 +118,37 @@ def test_engines_compute_blocks(name, shape, bits, block, with_bias, tmp_path):
         want, found = model(x).detach(), torch.from_numpy(runner(x.numpy()))
         # The engines round x to int8 by block; measured 0.6 percent of the spread, and 1 allowed.
         assert float((found - want).square().mean().sqrt()) < 0.01 * float(want.std())
+
+
+class Rows(nn.Module):
+    """One layer with a scale for each row."""
+
+    def __init__(self, inputs, *, with_bias):
+        super().__init__()
+        weight = torch.randn(48, inputs, generator=torch.Generator().manual_seed(0)) / 8
+        codes, scales = quantize_rows(weight, bits=8)
+        self.register_buffer("codes", codes)
+        self.register_buffer("scales", scales)
+        self.bias = nn.Parameter(torch.linspace(-1, 1, 48)) if with_bias else None
+
+    def forward(self, x):
+        return LINEAR_ROWS(x, self.codes, self.scales, self.bias)
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize(("shape", "with_bias"), [((64,), True), ((5, 96), False), ((5, 1024), True)])
+def test_engines_compute_rows(name, shape, with_bias, tmp_path):
+    """Rows of one block, of three that are no power of two, and longer than ONNX Runtime's blocks."""
+    model = Rows(shape[-1], with_bias=with_bias)
+    runtime, signature = export(name, model, shape, tmp_path / "model")
+    runner = runtime.load(seal(tmp_path / "model", signature, precision="int8-weights"), threads=1)
+    for rows in (1, 3, 32):
+        x = torch.randn(rows, *shape, generator=torch.Generator().manual_seed(rows))
+        weight = model.codes.to(torch.float64) * model.scales.to(torch.float64)
+        want = x.to(torch.float64) @ weight + (0 if model.bias is None else model.bias.detach())
+        assert torch.allclose(model(x).detach(), want.to(torch.float32), atol=1e-4)
+        # As with blocks, the engines round x to int8.
+        assert float((torch.from_numpy(runner(x.numpy())) - want).square().mean().sqrt()) < 0.01 * float(want.std())
 
 
 @pytest.mark.parametrize(("bits", "size_bytes"), [(4, 48 * 64 // 2), (8, 48 * 64)])

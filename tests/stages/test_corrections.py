@@ -17,9 +17,10 @@ from fettle.compress.quantize.post_training import PostTraining
 from fettle.compress.quantize.wide_sums import WideSums
 from fettle.core.errors import UsageError
 from fettle.core.recipe import Budget
+from fettle.evaluate.parity import divergence
 from fettle.stages import corrections
 from fettle.stages.corrections import find_corrections
-from fettle.stages.judge import Judge, divergence, helps
+from fettle.stages.judge import Judge, helps
 from fettle.stages.recipes import light_recipes, linear_share
 from fettle.stages.steps import check_order, load_step, precision_of
 from fettle.stages.task import Sources, make_task

@@ -34,6 +34,7 @@ def test_the_fastest_engine_that_misses_the_floor_is_mended(monkeypatch, metrics
     built = [
         SimpleNamespace(
             metric=SimpleNamespace(value=value),
+            runner=None,
             artifact=SimpleNamespace(manifest=SimpleNamespace(runtime=name)),
         )
         for name, value in metrics.items()

@@ -22,12 +22,15 @@ class Budget:
     min_metric: smallest value of the metric itself; None for no such floor.
     minimize: objectives in order of weight; the first decides, the next break ties within one percent.
     time_limit: for the whole run, such as "90s", "20m" or "2h"; None for no limit.
+    slack: share of every objective that may be spent on answers nearer to the original's, such as 0.03 for three
+        percent more latency. With 0 the smallest wins, however near.
     """
 
     max_drop: float = 0.01
     min_metric: float | None = None
     minimize: tuple[Objective, ...] = ("latency",)
     time_limit: str | None = None
+    slack: float = 0.03
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.max_drop):
@@ -36,6 +39,8 @@ class Budget:
             raise UsageError(f"budget.min_metric must be a finite number, got {self.min_metric}")
         if not self.minimize:
             raise UsageError('budget.minimize must name at least one of "latency", "size"')
+        if not (math.isfinite(self.slack) and self.slack >= 0):
+            raise UsageError(f"budget.slack must be a share of at least 0, such as 0.03, got {self.slack}")
         _ = self.time_limit_s
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 from fettle.core.errors import UsageError
@@ -11,6 +12,8 @@ from fettle.evaluate.pareto import loss
 from fettle.evaluate.wording import format_bytes, format_ms
 
 _TIE = 1.01
+# Nearer by less than this share is not worth any slack.
+_LEAST_GAIN = 0.02
 
 _COSTS: dict[Objective, Callable[[Candidate], float]] = {
     "latency": lambda candidate: candidate.p50_ms,
@@ -23,8 +26,10 @@ def choose(candidates: Sequence[Candidate], budget: Budget, baseline: Candidate)
 
     Among those whose metric keeps the budget against the baseline's: the smallest by the budget's first objective;
     those within one percent of it are tied, and the next objective decides among them, then the metric. An objective
-    that the budget does not name does not count. Where none keeps the budget: the highest metric, then the lowest
-    latency. The baseline is always among the candidates; failed ones never are.
+    that the budget does not name does not count. Of those within the budget's slack of that one in every objective,
+    and nearer to the original's answers by two percent or more, the nearest is taken in its place. Where none keeps the
+    budget: the highest metric, then the lowest latency. The baseline is always among the candidates; failed ones
+    never are.
 
     All must be measured on the same split. Raises UsageError for a metric where lower is better, since a budget's
     floor has no meaning for it.
@@ -41,12 +46,33 @@ def choose(candidates: Sequence[Candidate], budget: Budget, baseline: Candidate)
     kept = [candidate for candidate in usable if shortfall(candidate, budget, baseline) is None]
     if not kept:
         return min(usable, key=lambda candidate: (loss(candidate), candidate.p50_ms, candidate.label))
+    best = _smallest(kept, budget)
+    costs = [_COSTS[objective] for objective in budget.minimize]
+    nearer = [
+        candidate
+        for candidate in kept
+        if all(cost(candidate) <= cost(best) * (1 + budget.slack) for cost in costs)
+        and _divergence(candidate) < _divergence(best) * (1 - _LEAST_GAIN)
+    ]
+    if budget.slack == 0 or not nearer:
+        return best
+    return min(nearer, key=lambda candidate: (_divergence(candidate), candidate.p50_ms, candidate.label))
+
+
+def _smallest(kept: Sequence[Candidate], budget: Budget) -> Candidate:
+    """By the first objective, those tied by the next, and so on; then by the metric."""
     for objective in budget.minimize:
         cost = _COSTS[objective]
         smallest = min(map(cost, kept))
         kept = [candidate for candidate in kept if cost(candidate) <= smallest * _TIE]
     exact = [_COSTS[objective] for objective in budget.minimize]
     return min(kept, key=lambda candidate: (loss(candidate), *(cost(candidate) for cost in exact), candidate.label))
+
+
+def _divergence(candidate: Candidate) -> float:
+    """From the original's answers; infinite where it was not measured."""
+    report = candidate.report
+    return report["parity.divergence"].value if "parity.divergence" in report else math.inf
 
 
 def shortfall(candidate: Candidate, budget: Budget, baseline: Candidate) -> str | None:
@@ -75,6 +101,17 @@ def describe(best: Candidate, baseline: Candidate, *, missed: str | None = None)
         f"(median), and {format_bytes(best.size_bytes)} instead of {format_bytes(baseline.size_bytes)}.",
         f"Its {best.metric_name} is {metric.value:.4f} instead of {baseline.metric.value:.4f} on {metric.n} rows"
         f"{f' of {metric.data}' if metric.data else ''}{_change(best, baseline)}.",
+    )
+
+
+def describe_slack(best: Candidate, smallest: Candidate) -> str | None:
+    """A sentence where the best is not the smallest under the same budget without slack; None where it is."""
+    if best.is_same(smallest):
+        return None
+    nearer = 1 - _divergence(best) / _divergence(smallest) if math.isfinite(_divergence(smallest)) else 1.0
+    return (
+        f"It takes {best.p50_ms / smallest.p50_ms:.3f} times as long as {smallest.label}, and its answers "
+        f"diverge {100 * nearer:.0f} % less from the original's: that is what budget.slack is for."
     )
 
 

@@ -26,6 +26,8 @@ class Parity:
         outputs are no class scores. n: rows.
     max_abs, mean_abs: of |reference - candidate| over all values.
     sqnr_db: signal to quantization noise; infinite where the outputs are identical.
+    divergence: mean over the rows of the root of `divergence`, the steadiest of these: it weighs every row by how far
+        its answer moved, where agreement counts the few that moved past a border.
     """
 
     agreement: float | None
@@ -35,9 +37,11 @@ class Parity:
     max_abs: float
     mean_abs: float
     sqnr_db: float
+    divergence: float
 
     def measurements(self, data: str = "") -> tuple[Measurement, ...]:
-        """For a Report: "parity.agreement", "parity.max_abs", "parity.mean_abs", "parity.sqnr".
+        """For a Report: "parity.agreement", "parity.max_abs", "parity.mean_abs", "parity.sqnr",
+        "parity.divergence".
 
         A number that JSON cannot hold (an infinite ratio) or that is not there is left out.
         """
@@ -47,6 +51,7 @@ class Parity:
             ("max_abs", self.max_abs, "", "lower"),
             ("mean_abs", self.mean_abs, "", "lower"),
             ("sqnr", self.sqnr_db, "dB", "higher"),
+            ("divergence", self.divergence, "", "lower"),
         ]
         return tuple(
             Measurement(
@@ -89,7 +94,7 @@ def compare_outputs(reference: Array, candidate: Array, *, classification: bool 
     n = len(reference)
     classes = classification and reference.ndim == 2 and reference.shape[1] >= 2
     step = max(1, _CHUNK_VALUES * n // reference.size)
-    agreeing, largest, absolute, noise, signal = 0, 0.0, 0.0, 0.0, 0.0
+    agreeing, largest, absolute, noise, signal, distance = 0, 0.0, 0.0, 0.0, 0.0, 0.0
     for start in range(0, n, step):
         a = reference[start : start + step].astype(np.float64)
         b = candidate[start : start + step].astype(np.float64)
@@ -103,6 +108,7 @@ def compare_outputs(reference: Array, candidate: Array, *, classification: bool 
         absolute += float(difference.sum())
         noise += float(np.sum(difference**2))
         signal += float(np.sum(a[np.isfinite(a)] ** 2))
+        distance += float(np.sqrt(divergence(a, b)).sum())
     low, high = wilson(agreeing, n) if classes else (None, None)
     return Parity(
         agreement=agreeing / n if classes else None,
@@ -112,7 +118,27 @@ def compare_outputs(reference: Array, candidate: Array, *, classification: bool 
         max_abs=largest,
         mean_abs=absolute / reference.size,
         sqnr_db=_decibels(signal, noise),
+        divergence=distance / n,
     )
+
+
+def divergence(reference: Array, candidate: Array) -> Array:
+    """(n,): of class scores (n, classes) the Kullback-Leibler divergence of their softmax, else the squared error.
+
+    >>> divergence(np.zeros((1, 2)), np.zeros((1, 2)))
+    array([0.])
+    """
+    a, b = reference.astype(np.float64), candidate.astype(np.float64)
+    with np.errstate(invalid="ignore"):  # an infinite score has no distance that could be compared: NaN
+        if a.ndim == 2 and a.shape[1] >= 2:
+            p, q = _log_softmax(a), _log_softmax(b)
+            return np.maximum((np.exp(p) * (p - q)).sum(axis=1), 0.0)  # type: ignore[no-any-return]
+        return np.square(a - b).reshape(len(a), -1).mean(axis=1)  # type: ignore[no-any-return]
+
+
+def _log_softmax(scores: Array) -> Array:
+    shifted = scores - scores.max(axis=1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))  # type: ignore[no-any-return]
 
 
 def _decibels(signal: float, noise: float) -> float:

@@ -16,6 +16,8 @@ from torch.nn.functional import linear
 
 Tensor = torch.Tensor
 
+_LARGEST_BLOCK = 256  # that ONNX Runtime's kernel for blocks takes
+
 
 @torch.library.custom_op("fettle::linear_blocks", mutates_args=())
 def linear_blocks(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, bits: int) -> Tensor:
@@ -34,6 +36,26 @@ def linear_blocks(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None,
 @linear_blocks.register_fake
 def _(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, bits: int) -> Tensor:
     return x.new_empty((*x.shape[:-1], codes.shape[0]))
+
+
+@torch.library.custom_op("fettle::linear_rows", mutates_args=())
+def linear_rows(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    """x W + bias, where W = weight · scale of its column, and x stays as it is.
+
+    x: (..., K) float32; weight: (K, N) int8; scales: (N,) float32, possibly negative; bias: (N,) float32. K inputs, N
+    outputs; K has a divisor of 16 or more that is a power of two.
+
+    >>> weight = torch.tensor([[100], [-50]], dtype=torch.int8)
+    >>> linear_rows(torch.tensor([[2.55, 0.0]]), weight, torch.tensor([0.01]), None)
+    tensor([[2.5500]])
+    """
+    product = torch.matmul(x, weight.to(torch.float32) * scales)
+    return product if bias is None else product + bias
+
+
+@linear_rows.register_fake
+def _(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[1]))
 
 
 @torch.library.custom_op("fettle::linear_dynamic", mutates_args=())
@@ -103,6 +125,14 @@ def _as_matmul_nbits(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | No
     return _contributed("MatMulNBits", operands, attributes, shape=(*x.shape[:-1], outputs))
 
 
+def _as_matmul_nbits_of_rows(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    """The same kernel, whose blocks end at 256: each has its row's scale. The engine rearranges it all on loading."""
+    inputs, outputs = weight.shape
+    block = min(inputs & -inputs, _LARGEST_BLOCK)
+    codes = (weight.t().to(torch.int32) + 128).to(torch.uint8).reshape(outputs, -1, block)
+    return _as_matmul_nbits(x, codes, scales[:, None].repeat(1, inputs // block), bias, 8)
+
+
 def _as_dynamic_quantize_matmul(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
     """ONNX Runtime's kernel for the whole."""
     return _contributed(
@@ -152,6 +182,7 @@ def _contributed(
 
 
 LINEAR_BLOCKS: torch._ops.OpOverload = torch.ops.fettle.linear_blocks.default
+LINEAR_ROWS: torch._ops.OpOverload = torch.ops.fettle.linear_rows.default
 LINEAR_DYNAMIC: torch._ops.OpOverload = torch.ops.fettle.linear_dynamic.default
 
 Kernels = Mapping[torch._ops.OpOverload, Callable[..., Tensor]]
@@ -159,10 +190,12 @@ Kernels = Mapping[torch._ops.OpOverload, Callable[..., Tensor]]
 KERNELS: Mapping[str, Kernels] = {
     "onnxruntime": {
         LINEAR_BLOCKS: _as_matmul_nbits,
+        LINEAR_ROWS: _as_matmul_nbits_of_rows,
         LINEAR_DYNAMIC: _as_dynamic_quantize_matmul,
     },
     "openvino": {
         LINEAR_BLOCKS: _as_matmul_nbits,
+        LINEAR_ROWS: _as_dequantized_product,
         LINEAR_DYNAMIC: _as_dequantized_product,
     },
     "inductor": {

@@ -84,21 +84,9 @@ def prepare(task: Task, recipe: Recipe, *, progress: Callable[[float], None] = l
 
 def build(task: Task, prepared: Prepared, runtime_name: str, *, root: Path, parent: str, signature: Signature) -> Built:
     """Export, load, run over the validation split, seal. Raises ExportError, CorruptArtifact, DataError."""
-    runtime = plugins.load("fettle.runtime", runtime_name, RuntimeBase)()
-    shutil.rmtree(root, ignore_errors=True)
-    root.mkdir(parents=True)
-    runtime.export(prepared.program, root, signature)
-    manifest = Manifest(
-        runtime=runtime_name,
-        precision=prepared.precision,
-        signature=signature,
-        files=(),
-        recipe=prepared.recipe,
-        left_float=prepared.notes,
-        provenance=_provenance(task, prepared, parent),
-    )
-    # Not sealed yet: its golden outputs are its own answers, so it must run first.
-    runner = runtime.load(Artifact(digest="", manifest=manifest, root=root), threads=task.threads)
+    runtime = _runtime(runtime_name)
+    unsealed, runner = deploy(task, prepared, runtime_name, root=root, signature=signature)
+    manifest = replace(unsealed.manifest, provenance=_provenance(task, prepared, parent))
     metric, outputs = measure_metric(partial(answer, runner), task.validation, task.metric, seed=task.seed)
     numerics: tuple[Measurement, ...] = ()
     if runtime.computes:
@@ -120,6 +108,30 @@ def build(task: Task, prepared: Prepared, runtime_name: str, *, root: Path, pare
         root, replace(manifest, tolerance=tolerance), golden=golden, reference=_reference(task, signature, outputs)
     )
     return Built(artifact=artifact, runner=runner, metric=metric, outputs=outputs, numerics=numerics)
+
+
+def deploy(
+    task: Task, prepared: Prepared, runtime_name: str, *, root: Path, signature: Signature
+) -> tuple[Artifact, Runner]:
+    """Export and load, no more: not sealed, for its golden outputs will be its own answers, so it must run first."""
+    runtime = _runtime(runtime_name)
+    shutil.rmtree(root, ignore_errors=True)
+    root.mkdir(parents=True)
+    runtime.export(prepared.program, root, signature)
+    manifest = Manifest(
+        runtime=runtime_name,
+        precision=prepared.precision,
+        signature=signature,
+        files=(),
+        recipe=prepared.recipe,
+        left_float=prepared.notes,
+    )
+    artifact = Artifact(digest="", manifest=manifest, root=root)
+    return artifact, runtime.load(artifact, threads=task.threads)
+
+
+def _runtime(name: str) -> RuntimeBase:
+    return plugins.load("fettle.runtime", name, RuntimeBase)()
 
 
 def answer(runner: Runner, inputs: Inputs) -> Any:

@@ -14,7 +14,7 @@ from fettle.core.recipe import Recipe
 from fettle.evaluate.layers import LayerLine
 from fettle.stages.corrections import Corrected
 from fettle.stages.judge import Judge
-from fettle.stages.sensitivity import measure_shares, rank, with_costs
+from fettle.stages.sensitivity import lighten, measure_shares, rank, with_costs
 from fettle.stages.steps import carry_out, load_step, simulated_metric
 from fettle.stages.task import Task
 
@@ -63,8 +63,8 @@ def give_back(
 
     assert isinstance(corrected.model, Simulated)
     # A correction makes up for the errors before it: with one of those gone, it would be an error itself.
-    plain, corrections = corrected.model.uncorrected(), _corrections(corrected.recipe)
-    lines = measure_shares(task, plain, judge, lines, proceed=proceed)
+    plain, corrections = corrected.model.uncorrected(), corrections_of(corrected.recipe)
+    lines = measure_shares(lighten(task, plain), judge, lines, proceed=proceed)
     lines = with_costs(lines, _costs(corrected.recipe, lines, wanted, proceed))
 
     def score(layers: Sequence[str]) -> float:
@@ -75,9 +75,8 @@ def give_back(
         """What is left, ranked with the chosen ones already in float: their absence changes what the others cost."""
         left = tuple(line for line in lines if line.layer not in chosen)
         if chosen:
-            lighter = carry_out(task, (GiveBack(layers=tuple(chosen)),), plain, seed=task.seed)
-            assert isinstance(lighter, Simulated)
-            left = measure_shares(task, lighter, judge, left, proceed=proceed)
+            lighter = lighten(task, plain)
+            left = measure_shares(lambda more: lighter((*chosen, *more)), judge, left, proceed=proceed)
         ranked = rank(left, latency_ms=wanted.latency_ms)
         weakest = sorted((line for line in left if line.layer not in ranked), key=lambda line: line.sqnr_db)
         return [*ranked, *(line.layer for line in weakest)]
@@ -93,16 +92,26 @@ def give_back(
 
 
 def with_layers_in_float(recipe: Recipe, layers: Sequence[str]) -> Recipe:
-    """The recipe with these layers given back before the corrections, which then see what is deployed."""
+    """The recipe with these layers given back before the corrections, which then see what is deployed.
+
+    Layers that it gave back before are given back no longer, unless they are named too.
+    """
     steps = []
     for spec in recipe.steps:
-        steps.append(spec)
+        if spec.name != GiveBack.step_name():
+            steps.append(spec)
         if spec.name == PostTraining.step_name():
             steps.append(GiveBack(layers=tuple(layers)).spec())
     return replace(recipe, name="int8 and float", steps=tuple(steps))
 
 
-def _corrections(recipe: Recipe) -> tuple[Step, ...]:
+def layers_in_float(recipe: Recipe) -> tuple[str, ...]:
+    """The layers that the recipe gives back."""
+    given = [load_step(spec) for spec in recipe.steps if spec.name == GiveBack.step_name()]
+    return tuple(layer for step in given if isinstance(step, GiveBack) for layer in step.layers)
+
+
+def corrections_of(recipe: Recipe) -> tuple[Step, ...]:
     """The steps after the one that quantizes."""
     steps = [load_step(spec) for spec in recipe.steps]
     return tuple(step for step in steps if step.follows == PostTraining.step_name())

@@ -8,6 +8,7 @@ import torch
 from fettle.compress.capture import quiet
 from fettle.compress.step import Tensors
 from fettle.core.signature import Array
+from fettle.evaluate.parity import divergence
 from fettle.stages.task import Task, as_tensors, outputs_of
 
 _ROWS = 1000
@@ -31,26 +32,8 @@ class Judge:
             return np.concatenate([outputs_of(model(*batch)) for batch in batches])
 
     def divergence(self, model: torch.nn.Module) -> Array:
-        """(n,) float64, see `divergence`."""
+        """(n,) float64, see `parity.divergence`."""
         return divergence(self.outputs, self.answers(model))
-
-
-def divergence(reference: Array, candidate: Array) -> Array:
-    """(n,): of class scores (n, classes) the Kullback-Leibler divergence of their softmax, else the squared error.
-
-    >>> divergence(np.zeros((1, 2)), np.zeros((1, 2)))
-    array([0.])
-    """
-    a, b = reference.astype(np.float64), candidate.astype(np.float64)
-    if a.ndim == 2 and a.shape[1] >= 2:
-        p, q = _log_softmax(a), _log_softmax(b)
-        return np.maximum((np.exp(p) * (p - q)).sum(axis=1), 0.0)  # type: ignore[no-any-return]
-    return np.square(a - b).reshape(len(a), -1).mean(axis=1)  # type: ignore[no-any-return]
-
-
-def _log_softmax(scores: Array) -> Array:
-    shifted = scores - scores.max(axis=1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))  # type: ignore[no-any-return]
 
 
 def helps(old: Array, new: Array) -> bool:

@@ -3,38 +3,45 @@
 from __future__ import annotations
 
 import math
+import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from fettle.compress.quantize.give_back import GiveBack
 from fettle.compress.quantize.graph.simulate import Simulated
 from fettle.compress.quantize.post_training import PostTraining
 from fettle.core import plugins
 from fettle.core.errors import UsageError
 from fettle.core.recipe import Recipe
 from fettle.core.report import Report
-from fettle.core.runner import RuntimeBase
+from fettle.core.runner import Runner, RuntimeBase
 from fettle.evaluate.comparison import Candidate
+from fettle.evaluate.footprint import size_on_disk
 from fettle.evaluate.latency import Latency, measure_latency
 from fettle.evaluate.layers import LayerLine
-from fettle.stages.build import Built, Prepared, build, first_rows, prepare, with_activation
+from fettle.stages.build import Built, Prepared, build, deploy, first_rows, prepare, with_activation
 from fettle.stages.corrections import Corrected, find_corrections
 from fettle.stages.fit import fit
-from fettle.stages.give_back import Wanted, give_back
-from fettle.stages.judge import Judge
+from fettle.stages.give_back import Wanted, corrections_of, give_back, layers_in_float, with_layers_in_float
+from fettle.stages.judge import Judge, helps
 from fettle.stages.measure import first_line, is_classification
 from fettle.stages.recipes import light_recipes
-from fettle.stages.sensitivity import account_for_layers
-from fettle.stages.steps import load_step, precision_of, simulated_metric
+from fettle.stages.sensitivity import account_for_layers, lighten
+from fettle.stages.spend import Allowance, Price, repeat, spend, work_of
+from fettle.stages.steps import carry_out, load_step, precision_of, simulated_metric
 from fettle.stages.task import Task
 
 BASELINE = "float in eager"
-# Of a time limit, what the search for corrections, and for layers to give back, may take.
-_CORRECTIONS, _GIVING_BACK = 0.3, 0.3
+_WITH_SLACK = "int8 with float layers"
+# Of a time limit, what the search for corrections, for layers to give back, and for nearer answers may take.
+_CORRECTIONS, _GIVING_BACK, _SPENDING = 0.3, 0.3, 0.15
+# Without a time limit; a network of a hundred layers would be searched for long.
+_SPENDING_S = 180.0
 _QUICK_TIMING_S = 1.0
 
 
@@ -137,6 +144,7 @@ class _Trials:
         wanting = self._wanting(built)
         if wanting is not None and self.tried.layers:
             self._give_back(corrected, wanting)
+        self._spend(corrected)
 
     def _wanting(self, built: Sequence[Built]) -> Built | None:
         """The fastest that misses the floor, where none that keeps it is as fast: layers in float may mend it."""
@@ -144,7 +152,7 @@ class _Trials:
         missing = [entry for entry in built if entry.metric.value < self._floor()]
         if not missing:
             return None
-        times_ms = self._time({entry.artifact.manifest.runtime: entry for entry in built})
+        times_ms = self._time({entry.artifact.manifest.runtime: entry.runner for entry in built})
         kept_ms = [times_ms[entry.artifact.manifest.runtime] for entry in built if entry not in missing]
         fastest = min(missing, key=lambda entry: times_ms[entry.artifact.manifest.runtime])
         return fastest if times_ms[fastest.artifact.manifest.runtime] < min(kept_ms, default=math.inf) else None
@@ -160,7 +168,7 @@ class _Trials:
             label = "int8 and float, for its time"
             folder = self.root / f"{recipe.digest[:8]}-{engine}"
             entry = self._build(recipe, engine, folder)
-            both = self._time({"int8": int8, label: entry})
+            both = self._time({"int8": int8.runner, label: entry.runner})
             return both[label] - both["int8"]
 
         try:
@@ -169,7 +177,7 @@ class _Trials:
             assert self.baseline is not None
             wanted = Wanted(
                 floor=min(self._floor() + gap, max(self._floor(), self.baseline.metric.value)),
-                latency_ms=self._time({"int8": int8})["int8"],
+                latency_ms=self._time({"int8": int8.runner})["int8"],
                 cost_ms=cost_ms,
                 limit_s=self._part(_GIVING_BACK),
             )
@@ -188,10 +196,94 @@ class _Trials:
             self.tried.layers = given.lines
             self.try_recipe(given.recipe)
 
-    def try_recipe(self, recipe: Recipe) -> list[str]:
-        """Build it in every engine that executes its precision; return the labels, of what failed too."""
+    def _spend(self, corrected: Corrected) -> None:
+        """Layers of the fastest int8 that keeps the floor go back to float, where the slack pays for nearer answers."""
+        budget = self.task.budget
+        int8 = self._fastest_int8()
+        if int8 is None or budget.slack == 0 or "latency" not in budget.minimize or self._is_over():
+            return
+        engine = int8.artifact.manifest.runtime
+        try:
+            self._bring_nearer(corrected, int8, engine)
+        except Exception as problem:
+            self.tried.fail(f"{_WITH_SLACK} in {engine}", "int8", engine, first_line(problem))
+
+    def _bring_nearer(self, corrected: Corrected, int8: Built, engine: str) -> None:
+        """Find the layers, correct what is left in int8 anew, and build that where its answers really are nearer."""
+        recipe = int8.artifact.manifest.recipe
+        found = self.prepared[recipe.digest].model
+        assert isinstance(found, Simulated)
+        judge = Judge(self.task)
+        already = layers_in_float(recipe)
+        lines = [line for line in self.tried.layers if line.layer not in already]
+        report, limit_s, start = self._within(_WITH_SLACK, 0.2), self._part(_SPENDING), time.monotonic()
+
+        def proceed(share: float) -> bool:
+            report(share)
+            return time.monotonic() - start < (_SPENDING_S if limit_s is None else limit_s)
+
+        allowance = Allowance(
+            slack=self.task.budget.slack,
+            price=partial(self._price, recipe, int8),
+            latency_ms=self._time({"int8": int8.runner})["int8"],
+            proceed=proceed,
+        )
+        spent = spend(lighten(self.task, found), judge, lines, work_of(found), allowance)
+        self.tried.decisions += spent.decisions
+        if not spent.layers:
+            return
+        # The corrections see what is deployed; what they make of it must be nearer than what they made of int8.
+        again = replace(with_layers_in_float(corrected.recipe, (*already, *spent.layers)), name=_WITH_SLACK)
+        again = fit(again, [_runtime(engine)], note=self._say)
+        notes: list[str] = []
+        steps = (GiveBack(layers=spent.layers), *corrections_of(corrected.recipe))
+        model = carry_out(self.task, steps, found.uncorrected(), seed=self.task.seed, note=notes.append)
+        if not helps(judge.divergence(found), judge.divergence(model)):
+            self.tried.decisions += ("layers in float: left out, once corrected the answers are no nearer to float",)
+            return
+        kept = self.prepared[recipe.digest].notes
+        self.prepared[again.digest] = Prepared.of(self.task, again, model, notes=(*kept, *notes))
+        (label,) = self.try_recipe(again, engines=(engine,))
+        if label in self.tried.built:
+            by_name = {line.layer: line for line in spent.lines}
+            self.tried.layers = tuple(by_name.get(line.layer, line) for line in self.tried.layers)
+
+    def _fastest_int8(self) -> Built | None:
+        """Of the static int8 candidates that compute, the fastest that keeps the floor."""
+        entries = {
+            label: entry
+            for label, entry in self.tried.built.items()
+            if isinstance(self._model_of(entry), Simulated)
+            and _runtime(entry.artifact.manifest.runtime).computes
+            and entry.metric.value >= self._floor()
+        }
+        times_ms = self._time({label: entry.runner for label, entry in entries.items()}) if entries else {}
+        return entries[min(times_ms, key=lambda label: times_ms[label])] if times_ms else None
+
+    def _model_of(self, entry: Built) -> torch.nn.Module | None:
+        found = self.prepared.get(entry.artifact.manifest.recipe.digest)
+        return found.model if found else None
+
+    def _price(self, recipe: Recipe, int8: Built, model: torch.nn.Module) -> Price:
+        """What the model costs beside int8, in its engine; how corrections round the weights changes no time."""
+        task, signature = self.task, int8.artifact.manifest.signature
+        prepared = Prepared.of(task, recipe, model, notes=())
+        with tempfile.TemporaryDirectory() as folder:
+            artifact, runner = deploy(
+                task, prepared, int8.artifact.manifest.runtime, root=Path(folder) / "model", signature=signature
+            )
+            growth = size_on_disk(artifact.root) / int8.artifact.size_bytes if "size" in task.budget.minimize else 1.0
+
+            def ratio() -> float:
+                times_ms = self._time({"int8": int8.runner, "lighter": runner})
+                return times_ms["lighter"] / times_ms["int8"]
+
+            return repeat(ratio, slack=task.budget.slack, growth=growth)
+
+    def try_recipe(self, recipe: Recipe, *, engines: Sequence[str] = ()) -> list[str]:
+        """Build it in every engine that executes its precision, or in these; return the labels, of what failed too."""
         labels = []
-        for engine in self._engines(recipe):
+        for engine in engines or self._engines(recipe):
             label = f"{recipe.name} in {engine}"
             labels.append(label)
             if self._is_over():
@@ -237,13 +329,11 @@ class _Trials:
         if isinstance(model, Simulated) and not self.tried.layers:
             self.tried.layers = account_for_layers(self.task, model)
 
-    def _time(self, entries: dict[str, Built]) -> dict[str, float]:
+    def _time(self, runners: Mapping[str, Runner]) -> dict[str, float]:
         """Medians in milliseconds, interleaved."""
         rows = first_rows(self.task, self.task.batch)
         arrays = [rows[spec.name] for spec in self.task.signature.inputs]
-        calls: dict[str, Callable[[], object]] = {
-            label: partial(entry.runner, *arrays) for label, entry in entries.items()
-        }
+        calls: dict[str, Callable[[], object]] = {label: partial(runner, *arrays) for label, runner in runners.items()}
         timed = measure_latency(
             calls,
             batch=self.task.batch,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from torch import nn
@@ -15,7 +16,7 @@ from fettle.core import plugins
 from fettle.core.errors import DataError, UsageError
 from fettle.core.runner import RuntimeBase
 from fettle.runtime._onnx import write_onnx
-from fettle.runtime._operations import LINEAR_BLOCKS
+from fettle.runtime._operations import LINEAR_BLOCKS, LINEAR_ROWS
 from fettle.testing.models import CASES, LARGE
 from fettle.testing.runtimes import export_case, named_data, seal
 from fettle.testing.steps import answers, context_for, similarity
@@ -27,8 +28,8 @@ def apply(model, example, **options):
     return WeightOnly(**options).apply(model, Context(example=example, note=notes.append)), notes
 
 
-def layers_in_blocks(graph):
-    return [node for node in graph.graph.nodes if node.target is LINEAR_BLOCKS]
+def small_layers(graph):
+    return [node for node in graph.graph.nodes if node.target in (LINEAR_BLOCKS, LINEAR_ROWS)]
 
 
 @pytest.mark.parametrize(("bits", "least"), [(8, 0.9999), (4, 0.985)])
@@ -37,7 +38,7 @@ def test_it_stays_near_float(bits, least, group):
     case = LARGE["linear"]
     model, data = case.build(), case.data(rows=64, seed=5)
     small, notes = apply(model, case.data(rows=2), bits=bits, group=group)
-    assert len(layers_in_blocks(small)) == 3
+    assert len(small_layers(small)) == 3
     assert similarity(answers(model, data)[0], answers(small, data)[0]) > least
     assert notes == ["4: linear layer stays float: 512 weights are too few to gain, 4096 are wanted"]
 
@@ -49,7 +50,7 @@ def test_every_model_is_taken(case):
     data = case.data(rows=8, seed=3)
     for want, have in zip(answers(model, data), answers(small, data), strict=True):
         assert similarity(want, have) > 0.999
-    assert notes or layers_in_blocks(small)
+    assert notes or small_layers(small)
 
 
 def test_smaller_groups_are_nearer():
@@ -62,18 +63,28 @@ def test_smaller_groups_are_nearer():
 
 @pytest.mark.parametrize(
     ("inputs", "group", "block"),
-    [(256, 128, 128), (192, 128, 64), (96, 128, 32), (1024, None, 256), (64, 256, 64), (256, 32, 32)],
+    [(256, 128, 128), (192, 128, 64), (96, 128, 32), (64, 256, 64), (256, 32, 32)],
 )
 def test_the_block_is_what_fits_the_row(inputs, group, block):
     small, _ = apply(nn.Linear(inputs, 64).eval(), (torch.zeros(2, inputs),), group=group)
-    (layer,) = layers_in_blocks(small)
+    (layer,) = small_layers(small)
     assert getattr(small, layer.args[1].target).shape == (64, inputs // block, block)
+
+
+def test_eight_bits_have_a_scale_a_row_unless_a_group_is_asked_for():
+    small, _ = apply(nn.Linear(1024, 64).eval(), (torch.zeros(2, 1024),))
+    (layer,) = small_layers(small)
+    stored, scales = (getattr(small, node.target) for node in layer.args[1:3])
+    assert (layer.target, stored.shape, stored.dtype, scales.shape) == (LINEAR_ROWS, (1024, 64), torch.int8, (64,))
+    small, _ = apply(nn.Linear(1024, 64).eval(), (torch.zeros(2, 1024),), bits=4)
+    (layer,) = small_layers(small)
+    assert getattr(small, layer.args[2].target).shape == (64, 8)
 
 
 @pytest.mark.parametrize("inputs", [80, 100, 33])
 def test_a_row_that_no_block_divides_stays_float(inputs):
     small, notes = apply(nn.Linear(inputs, 128).eval(), (torch.zeros(2, inputs),))
-    assert not layers_in_blocks(small)
+    assert not small_layers(small)
     assert f"its {inputs} inputs are no multiple of 32" in notes[0]
     assert notes[-1].startswith("nothing was quantized")
 
@@ -81,7 +92,7 @@ def test_a_row_that_no_block_divides_stays_float(inputs):
 def test_attention_projections_are_taken():
     encoder = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True, norm_first=True).eval()
     small, notes = apply(encoder, (torch.randn(2, 6, 64),))
-    assert len(layers_in_blocks(small)) == 4
+    assert len(small_layers(small)) == 4
     assert notes == []
     x = torch.randn(5, 6, 64, generator=torch.Generator().manual_seed(1))
     assert similarity(answers(encoder, (x,))[0], answers(small, (x,))[0]) > 0.9999
@@ -90,7 +101,7 @@ def test_attention_projections_are_taken():
 def test_convolutions_stay_float_and_are_named():
     case = LARGE["convolution"]
     small, notes = apply(case.build(), case.data(rows=2))
-    assert not layers_in_blocks(small)
+    assert not small_layers(small)
     assert "2 convolutions stay float, from 0.conv to 1.conv" in notes[1]
     assert notes[-1].startswith("nothing was quantized")
 
@@ -112,7 +123,7 @@ def test_a_weight_read_twice_is_stored_once_and_a_product_is_a_layer():
     model = Shared().eval()
     x = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
     small, _ = apply(model, (x,))
-    assert len(layers_in_blocks(small)) == 4
+    assert len(small_layers(small)) == 4
     assert len({name for name, _ in small.named_buffers() if name.endswith("int8")}) == 3
     assert not dict(small.named_parameters()).keys() & {"layer.weight", "matrix"}
     assert similarity(answers(model, (x,))[0], answers(small, (x,))[0]) > 0.999
@@ -124,14 +135,14 @@ def test_batch_norm_is_folded_before():
         model[1].running_var.mul_(9.0)
     x = torch.randn(4, 64)
     small, _ = apply(model, (x,))
-    assert [node.target for node in small.graph.nodes if node.op == "call_function"] == [LINEAR_BLOCKS]
+    assert [node.target for node in small.graph.nodes if node.op == "call_function"] == [LINEAR_ROWS]
     assert similarity(answers(model, (x,))[0], answers(small, (x,))[0]) > 0.999
 
 
 def test_named_layers_stay_float():
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)).eval()
     small, notes = apply(model, (torch.zeros(2, 64),), keep_float=("2",))
-    assert len(layers_in_blocks(small)) == 1
+    assert len(small_layers(small)) == 1
     assert notes == ["2: linear layer stays float: kept in float on request"]
     with pytest.raises(UsageError, match="nothing that would be quantized: 'head'"):
         apply(model, (torch.zeros(2, 64),), keep_float=("head",))
@@ -139,7 +150,7 @@ def test_named_layers_stay_float():
 
 def test_a_layer_in_double_stays_as_it_is():
     small, notes = apply(nn.Linear(64, 64).double().eval(), (torch.zeros(2, 64, dtype=torch.float64),))
-    assert not layers_in_blocks(small)
+    assert not small_layers(small)
     assert "it computes in float64" in notes[0]
 
 
@@ -184,7 +195,11 @@ def test_the_file_really_holds_so_few_bits(bits, tmp_path):
     write_onnx(program, tmp_path / "model.onnx", inputs=["x"], outputs=["y"])
     weights, scales = 2 * 256 * 512, 2 * 256 * 512 // 128
     assert (tmp_path / "model.onnx").stat().st_size < weights * bits / 8 + 4 * scales + 8000
-    kinds = [node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node]
+    # What rearranges rows into blocks is done when the engine loads the file, never in a call.
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "loaded.onnx")
+    onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), options, providers=["CPUExecutionProvider"])
+    kinds = [node.op_type for node in onnx.load(tmp_path / "loaded.onnx").graph.node]
     assert kinds == ["MatMulNBits", "Relu", "MatMulNBits"]
 
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 
 from fettle.compress.quantize.graph.linear import Form, replace_linear_layers
-from fettle.compress.quantize.numerics.blocks import quantize_blocks
+from fettle.compress.quantize.numerics.blocks import quantize_rows
 from fettle.compress.step import Context, Step
 from fettle.core.errors import UsageError
 from fettle.runtime._operations import LINEAR_DYNAMIC
@@ -63,7 +63,5 @@ class Dynamic(Step):
 
 
 def _store(weight: torch.Tensor, *, bits: int) -> dict[str, torch.Tensor]:
-    """A whole row is one block; the weight is stored as (K, N)."""
-    codes, scales = quantize_blocks(weight, bits=bits, block=weight.shape[1])
-    whole = (codes.squeeze(1).to(torch.int16) - 2 ** (bits - 1)).to(torch.int8)
-    return {"int8": whole.t().contiguous(), "scales": scales.squeeze(1)}
+    codes, scales = quantize_rows(weight, bits=bits)
+    return {"int8": codes, "scales": scales}

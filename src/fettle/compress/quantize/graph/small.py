@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch.fx import Node
@@ -35,6 +36,19 @@ def small_layers(layers: list[Node], *, share: float) -> set[Node]:
     small = {layer for layer in layers if positions[layer] == 1 and _weights(layer) <= limit}
     held = sum(_weights(layer) for layer in small)
     return small if held <= _LARGEST_WEIGHT_SHARE * sum(map(_weights, layers)) else set()
+
+
+def work_shares(layers: Mapping[Node, tuple[str, torch.Tensor]]) -> dict[str, float]:
+    """Of all the multiplications that these layers do for a row, the share of each, by its name.
+
+    layers: the node of each, with its name and its weight.
+    """
+    work: dict[str, float] = {}
+    for node, (name, weight) in layers.items():
+        values = math.prod(map(_as_captured, node.meta["val"].shape))
+        work[name] = work.get(name, 0.0) + values * weight.numel() / weight.shape[0]
+    whole = sum(work.values())
+    return {name: value / whole for name, value in work.items()}
 
 
 def _weights(layer: Node) -> int:

@@ -54,6 +54,18 @@ def quantize_blocks(weight: torch.Tensor, *, bits: int, block: int) -> tuple[tor
     return codes, scales.squeeze(-1)
 
 
+def quantize_rows(weight: torch.Tensor, *, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """One block a row, as integers around zero: w ≈ code · scale. Returns codes (K, N) int8 and scales (N,) float32.
+
+    >>> codes, scales = quantize_rows(torch.tensor([[-4.0, 2.0, 0.0, 3.5]]), bits=4)
+    >>> codes.T.tolist(), scales.tolist()
+    ([[-8, 4, 0, 7]], [0.5])
+    """
+    codes, scales = quantize_blocks(weight, bits=bits, block=weight.shape[1])
+    whole = (codes.squeeze(1).to(torch.int16) - 2 ** (bits - 1)).to(torch.int8)
+    return whole.t().contiguous(), scales.squeeze(1)
+
+
 def _rounded(unit: torch.Tensor, scale: torch.Tensor, half: int) -> torch.Tensor:
     return torch.round(unit / scale).clamp(-half, half - 1)
 
