@@ -161,8 +161,10 @@ class Running:
         self._listening = threading.Event()
         self._ready = threading.Event()
         options = {"port": 0, "workers": 2, "poll_s": 0.02, **options}
+        self._catalogue = options.pop("catalogue", None)
         self.options = ServeOptions(**options)
         self._source = source
+        self.admin_url = None
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()))
         self._thread.start()
         assert self._listening.wait(10)
@@ -179,6 +181,8 @@ class Running:
             self._stop,
             self._source,
             options=self.options,
+            catalogue=self._catalogue,
+            on_admin=lambda url: setattr(self, "admin_url", url),
             on_ready=lambda url: self._ready.set(),
             on_listening=listening,
             on_grpc=lambda address: setattr(self, "grpc", address),
@@ -204,8 +208,9 @@ class Process:
 
     def __init__(self, root, **options):
         options = {"port": 0, "workers": 2, "poll_s": 0.02, **options}
+        warnings = options.pop("warnings", "error")
         self.process = subprocess.Popen(
-            [sys.executable, "-W", "error", str(HERE / "run_server.py"), str(root), json.dumps(options, default=str)],
+            [sys.executable, "-W", warnings, str(HERE / "run_server.py"), str(root), json.dumps(options, default=str)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -20,9 +20,10 @@ class Load:
     A connection may be refused before anything is sent; any other failure, and any answer but 200, is counted.
     """
 
-    def __init__(self, url, *, clients=16, body=None, keep=True):
+    def __init__(self, url, *, clients=16, body=None, keep=True, tls=None):
         self.headers = JSON if keep else {**JSON, "connection": "close"}
-        self.address = url.removeprefix("http://").split(":")
+        self.address = url.partition("//")[2].split(":")
+        self.tls = tls
         self.body = body or body_of()
         self.answers = []
         self.failures = []
@@ -32,7 +33,11 @@ class Load:
         self.running = [self.pool.submit(self._client, number) for number in range(clients)]
 
     def _client(self, number):
-        connection = http.client.HTTPConnection(self.address[0], int(self.address[1]), timeout=20)
+        host, port = self.address[0], int(self.address[1])
+        if self.tls is None:
+            connection = http.client.HTTPConnection(host, port, timeout=20)
+        else:
+            connection = http.client.HTTPSConnection(host, port, timeout=20, context=self.tls)
         count = 0
         while not self.stopped.is_set():
             if connection.sock is None:

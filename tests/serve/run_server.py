@@ -111,8 +111,8 @@ def main():
     from fettle.serve.server import serve
 
     options = json.loads(sys.argv[2])
-    if "observations" in options:
-        options["observations"] = Path(options["observations"])
+    for name in {"observations", "keys", "tls_certificate", "tls_key", "tls_client_ca"} & set(options):
+        options[name] = Path(options[name])
     if "log_format" in options:
         configure(options["log_format"])
     with runtime_in_place():

@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from fettle.cli import demo, doctor, monitor, optimize, quantize, registry, serve
+from fettle.cli import demo, doctor, keys, monitor, optimize, quantize, registry, serve
 from fettle.core.errors import FettleError
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ app.command("quantize")(quantize.quantize)
 app.command("compare")(registry.compare)
 app.add_typer(registry.app, name="registry")
 app.command("serve")(serve.serve)
+app.add_typer(keys.app, name="keys")
 app.add_typer(monitor.app, name="monitor")
 app.command("doctor")(doctor.doctor)
 

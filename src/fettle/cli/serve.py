@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -14,6 +15,8 @@ from fettle.core.home import Home
 from fettle.core.names import Reference
 
 if TYPE_CHECKING:
+    from fettle.serve.models import Catalogue
+    from fettle.serve.options import ServeOptions
     from fettle.serve.source import ModelSource
     from fettle.serve.traffic import Traffic
 
@@ -56,6 +59,19 @@ _Trace = Annotated[
     bool, typer.Option("--trace", help="Send spans to the OpenTelemetry collector that OTEL_* names; extra otel.")
 ]
 
+_Keys = Annotated[
+    Path | None, typer.Option(help="API keys to ask for (`fettle keys`), by default keys.json in FETTLE_HOME, if any.")
+]
+_Certificate = Annotated[Path | None, typer.Option(help="PEM file: speak TLS on all ports.")]
+_CertificateKey = Annotated[Path | None, typer.Option(help="PEM file: the certificate's key.")]
+_ClientCa = Annotated[Path | None, typer.Option(help="PEM file: clients must show a certificate of this authority.")]
+_AdminPort = Annotated[
+    int | None, typer.Option(min=0, max=65535, help="Load and unload models here, with an admin key.")
+]
+_AdminName = Annotated[
+    list[str] | None, typer.Option(help="Further host name by which the admin port may be called. May be repeated.")
+]
+
 
 def serve(
     models: _Models,
@@ -65,6 +81,13 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 for a free one.")] = 8080,
     grpc_port: Annotated[int | None, typer.Option(min=0, max=65535, help="Of gRPC; 0 for a free one.")] = None,
+    keys: _Keys = None,
+    tls_certificate: _Certificate = None,
+    tls_key: _CertificateKey = None,
+    tls_client_ca: _ClientCa = None,
+    admin_port: _AdminPort = None,
+    admin_host: Annotated[str, typer.Option(help="Address of the admin port.")] = "127.0.0.1",
+    admin_name: _AdminName = None,
     threads: Annotated[int, typer.Option(min=1, help="Threads of one inference.")] = 1,
     grace: Annotated[float, typer.Option(min=0, help="Seconds to serve on after SIGTERM before draining.")] = 0.0,
     log: Annotated[bool, typer.Option(help="Write the prediction log.")] = True,
@@ -78,7 +101,6 @@ def serve(
     from fettle.registry import Registry
     from fettle.serve.logs import configure, format_for
     from fettle.serve.options import ServeOptions
-    from fettle.serve.server import serve as run
     from fettle.serve.source import RegistryCatalogue, registry_source
 
     home = Home.default()
@@ -97,23 +119,45 @@ def serve(
         threads=threads,
         grace_s=grace,
         observations=home.observations("{model}") if log else None,
+        keys=keys or (home.keys if home.keys.exists() else None),
+        tls_certificate=tls_certificate,
+        tls_key=tls_key,
+        tls_client_ca=tls_client_ca,
+        admin_port=admin_port,
+        admin_host=admin_host,
+        admin_names=tuple(admin_name or ()),
         access_log=access_log,
         trace=trace,
         log_format=form,
     )
     configure(form)
-    catalogue, rpc = RegistryCatalogue(registry), list[str]()
-    announce = partial(_announce, traffics, rpc, as_json)
-    raise typer.Exit(run(traffics, options=options, catalogue=catalogue, on_ready=announce, on_grpc=rpc.append))
+    raise typer.Exit(_run(traffics, options, RegistryCatalogue(registry), as_json=as_json))
 
 
-def _announce(traffics: Sequence[Traffic], rpc: Sequence[str], as_json: bool, url: str) -> None:
-    """Say where what is served. rpc: the address of the gRPC port, where there is one."""
+def _run(traffics: Sequence[Traffic], options: ServeOptions, catalogue: Catalogue, *, as_json: bool) -> int:
+    from fettle.serve.server import serve as run
+
+    ports: dict[str, str] = {}
+    return run(
+        traffics,
+        options=options,
+        catalogue=catalogue,
+        on_ready=partial(_announce, traffics, ports, as_json),
+        on_grpc=partial(ports.__setitem__, "grpc"),
+        on_admin=partial(ports.__setitem__, "admin"),
+    )
+
+
+def _announce(traffics: Sequence[Traffic], ports: Mapping[str, str], as_json: bool, url: str) -> None:
+    """Say where what is served. ports: the addresses of the gRPC and the admin port, where there are any."""
     from fettle.cli._traffic import describe
 
     if as_json:
         labels = [one.label for traffic in traffics for one in traffic.variants]
         said = {"url": url, "model": labels[0], "models": labels}
-        typer.echo(json.dumps({**said, "grpc": rpc[0]} if rpc else said))
+        typer.echo(json.dumps({**said, **ports}))
     else:
-        typer.echo(f"serving {describe(traffics)} on {url}{f' and gRPC on {rpc[0]}' if rpc else ''}")
+        more = "".join(
+            f", {what} on {ports[key]}" for key, what in (("grpc", "gRPC"), ("admin", "admin")) if key in ports
+        )
+        typer.echo(f"serving {describe(traffics)} on {url}{more}")

@@ -24,15 +24,19 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write the file so that a reader, or a crash, sees the old content or the new, never half of it."""
+def write_atomic(path: Path, content: bytes, *, mode: int | None = None) -> None:
+    """Write the file so that a reader, or a crash, sees the old content or the new, never half of it.
+
+    mode: its permissions, by default those of any new file.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)
             file.flush()
-            os.fchmod(file.fileno(), 0o666 & ~_UMASK)  # mkstemp's 0600 would hide the file from other users
+            # mkstemp's 0600 would hide the file from other users
+            os.fchmod(file.fileno(), 0o666 & ~_UMASK if mode is None else mode)
             os.fsync(file.fileno())
         os.replace(name, path)
     except BaseException:

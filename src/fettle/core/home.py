@@ -42,6 +42,11 @@ class Home:
         """The monitor's open incidents."""
         return self.root / "incidents"
 
+    @property
+    def keys(self) -> Path:
+        """The API keys that `fettle serve` asks for, where there are any."""
+        return self.root / "keys.json"
+
     def observations(self, name: str) -> Path:
         """The prediction log of one model: a folder of Parquet files."""
         return self.root / "observations" / name

@@ -6,6 +6,7 @@ import logging
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
+from fettle.serve.guard import Guard
 from fettle.serve.health import Health
 from fettle.serve.http import Request, Respond, Response
 from fettle.serve.inference import failed
@@ -32,7 +33,14 @@ class Application:
     """What connections hand their requests to. Nothing in here computes: that is the workers' part."""
 
     def __init__(
-        self, *, options: ServeOptions, health: Health, metrics: Metrics, routes: Table, tracing: Tracing | None = None
+        self,
+        *,
+        options: ServeOptions,
+        health: Health,
+        metrics: Metrics,
+        routes: Table,
+        tracing: Tracing | None = None,
+        guard: Guard | None = None,
     ) -> None:
         self.begun = 0
         self.in_flight = 0
@@ -40,6 +48,7 @@ class Application:
         self._health = health
         self._metrics = metrics
         self._routes = routes
+        self._guard = guard or Guard()
         self._tracing = tracing
         self._traces = tracing is not None or options.access_log
 
@@ -49,8 +58,8 @@ class Application:
         return self._health.draining
 
     def begin(self, request: Request) -> None:
-        """Refuse what no body could mend."""
-        route = self._routes.find(request.path)
+        """Refuse what no body could mend, and who is not let in."""
+        route = self._guard.route(request, self._routes.find)
         request.route = route
         route.handler(request.method)
 
@@ -112,6 +121,7 @@ class Application:
         model, version = request.answers or ("", "")
         fields = about(
             request,
+            key=None if request.key is None else request.key.name,
             model=model,
             version=int(version) if version else None,
             method=method,

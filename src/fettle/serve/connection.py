@@ -91,6 +91,7 @@ class Connection(asyncio.Protocol):
         self._connections = connections
         self._options = connections.options
         self.due: float | None = None
+        self.connected = False
         self._transport: asyncio.Transport | None = None
         self._parser: Any = None
         self._waiting: deque[tuple[Request, bool]] = deque()
@@ -107,8 +108,9 @@ class Connection(asyncio.Protocol):
         self._url = b""
         self._headers: dict[str, str] = {}
         self._left_bytes = self._options.max_header_bytes
+        self._unheard = 0
         self._request: Request | None = None
-        self._body: list[bytes] = []
+        self._body: bytes | bytearray = b""
         self._body_bytes = 0
 
     @property
@@ -120,6 +122,7 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport = cast(asyncio.Transport, transport)  # uvloop's are none by class
+        self.connected = True
         self._parser = httptools.HttpRequestParser(self)
         if len(self._connections.open) >= self._options.max_connections:
             refusal = Refusal(503, "too many connections are open: try again later", retry_after_s=1)
@@ -142,6 +145,7 @@ class Connection(asyncio.Protocol):
             if self._discarded > _DISCARD_BYTES:
                 self._end()
             return
+        inside = self._stage is _HEADER
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserCallbackError as problem:
@@ -151,6 +155,11 @@ class Connection(asyncio.Protocol):
             self._refuse_now(Refusal(400, "this server does not switch protocols"))
         except httptools.HttpParserError:
             self._refuse_now(Refusal(400, "the request is not valid HTTP/1.1"))
+        if inside and self._stage is _HEADER and self._refused is None:
+            # The parser tells of a header once it is whole, and keeps it until then, however long it is.
+            self._unheard += len(data)
+            if self._unheard > 2 * self._options.max_header_bytes:
+                self._refuse_now(self._header_too_large())
         if (
             self._stage is not self._timed
         ):  # a request that arrives in one piece never comes here with a stage of its own
@@ -166,8 +175,10 @@ class Connection(asyncio.Protocol):
 
     def eof_received(self) -> bool:
         # A client may close its side once it has sent its last request, and still wants the answer.
+        # TLS cannot be closed by halves.
         self._ended = True
-        return self._current is not None or bool(self._waiting)
+        halved = self._transport is not None and self._transport.can_write_eof()
+        return halved and (self._current is not None or bool(self._waiting))
 
     def pause_writing(self) -> None:
         self._blocked = True
@@ -196,6 +207,8 @@ class Connection(asyncio.Protocol):
         self._left_bytes -= len(name) + len(value)
         if self._left_bytes < 0 or len(headers) > self._options.max_headers:
             raise self._header_too_large()
+        if self._request is not None:
+            return  # a trailer, which must not change what was decided by the header
         key, text = _NAMES.get(name) or name.decode("latin-1").lower(), value.decode("latin-1")
         # Repeated headers are one list by RFC 9110; of those that must not be one, llhttp refuses the lengths.
         headers[key] = f"{headers[key]}, {text}" if key in headers else text
@@ -219,16 +232,22 @@ class Connection(asyncio.Protocol):
         self._body_bytes += len(body)
         if self._body_bytes > self._options.max_body_bytes:
             raise self._too_large()
-        self._body.append(body)
+        if not self._body:
+            self._body = body
+            return
+        # Not a list of the pieces: of chunks of one byte it would take forty times the limit.
+        if isinstance(self._body, bytes):
+            self._body = bytearray(self._body)
+        self._body += body
 
     def on_message_complete(self) -> None:
         request = self._request
         assert request is not None
         self._request = None
         self._stage = self._timed = _IDLE
-        request.body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
+        request.body = bytes(self._body)
         self._waiting.append((request, self._parser.should_keep_alive()))
-        self._body = []
+        self._body = b""
         if len(self._waiting) >= _AHEAD and self._transport is not None and not self._paused:
             self._paused = True
             self._transport.pause_reading()

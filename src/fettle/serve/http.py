@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import msgspec
 
+from fettle.serve.keys import Key
 from fettle.serve.refusal import Refusal
 from fettle.serve.trace_context import TraceContext, trace_context
 
@@ -99,10 +100,11 @@ class Request:
     id: the client's X-Request-Id where that is well formed. jobs: what is given up where the client goes away before
     the answer; cancelled: whether it has. route: what the path means, once that is known. answers: name and version
     of the model that was chosen, for metrics. span: who is told of its end, where it is traced.
+    key: the API key it came with, None where none was asked for.
     """
 
     __slots__ = (
-        "_id", "_trace", "answers", "body", "cancelled", "headers", "jobs", "method", "path", "route", "span",
+        "_id", "_trace", "answers", "body", "cancelled", "headers", "jobs", "key", "method", "path", "route", "span",
         "started",
     )  # fmt: skip
 
@@ -114,6 +116,7 @@ class Request:
         self.body: bytes = b""
         self.jobs: Sequence[Abandoned] = ()
         self.cancelled = False
+        self.key: Key | None = None
         self.route: Found | None = None
         self.answers: tuple[str, str] | None = None
         self.span: Ending | None = None

@@ -40,30 +40,44 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-def address_of(bound: socket.socket) -> str:
+def address_of(bound: socket.socket, scheme: str = "http") -> str:
     """The URL of a listening socket."""
     host, port = bound.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 class Listener:
     """An asyncio server on a bound socket, inside the running event loop.
 
-    make: gives the protocol of each new connection. tls: None for plain HTTP.
+    make: gives the protocol of each new connection. tls: None for plain HTTP; a handshake, and a farewell, may take
+    `handshake_timeout_s`.
     """
 
     def __init__(
-        self, make: Callable[[], asyncio.Protocol], bound: socket.socket, *, tls: ssl.SSLContext | None = None
+        self,
+        make: Callable[[], asyncio.Protocol],
+        bound: socket.socket,
+        *,
+        tls: ssl.SSLContext | None = None,
+        handshake_timeout_s: float = 10.0,
     ) -> None:
         self._bound = bound
         self._make = make
         self._tls = tls
+        self._handshake_s = None if tls is None else handshake_timeout_s
         self._server: asyncio.Server | None = None
 
     async def start(self) -> None:
         """Begin to accept."""
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(self._make, sock=self._bound.dup(), ssl=self._tls, backlog=BACKLOG)
+        self._server = await loop.create_server(
+            self._make,
+            sock=self._bound.dup(),
+            ssl=self._tls,
+            backlog=BACKLOG,
+            ssl_handshake_timeout=self._handshake_s,
+            ssl_shutdown_timeout=self._handshake_s,
+        )
 
     def refuse_connections(self) -> None:
         """Let no new connection begin, while those the kernel already accepted are still taken up.

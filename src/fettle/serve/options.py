@@ -58,6 +58,11 @@ class ServeOptions:
         server of several. It is flushed every `log_rows` rows or `log_flush_s`; more than `log_queue_rows` unwritten
         rows are dropped and counted.
     trace: spans of requests to the OpenTelemetry collector that the variables OTEL_* name; needs the extra `otel`.
+    keys: file of the API keys that requests must come with (`serve/key_file.py`), None lets everyone in.
+    tls_certificate, tls_key: PEM files; with them all ports speak TLS. tls_client_ca: PEM file; with it clients must
+        show a certificate of that authority.
+    admin_port: where models are loaded and unloaded, None for nowhere; it needs `keys`. admin_host: its address.
+        admin_names: further names by which it may be called, besides that address and those of this machine.
     access_log: one line per request to the logger "fettle.serve".
     log_format: "text" or "json", of the lines that worker processes write to stderr, for they are ours; how this
         process writes its log is its owner's choice, see `serve.logs.configure`.
@@ -91,14 +96,27 @@ class ServeOptions:
     log_flush_s: float = 5.0
     log_queue_rows: int = 50_000
     trace: bool = False
+    keys: Path | None = None
+    tls_certificate: Path | None = None
+    tls_key: Path | None = None
+    tls_client_ca: Path | None = None
+    admin_port: int | None = None
+    admin_host: str = "127.0.0.1"
+    admin_names: tuple[str, ...] = ()
     access_log: bool = False
     log_format: Format = "text"
 
     def __post_init__(self) -> None:
-        for name in ("port", "grpc_port"):
+        for name in ("port", "grpc_port", "admin_port"):
             port = getattr(self, name)
             if port is not None and not 0 <= port <= 65535:
                 raise UsageError(f"{name} must be 0 to 65535, got {port}")
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise UsageError("tls_certificate and tls_key must be given together, got only one of them")
+        if self.tls_client_ca is not None and self.tls_certificate is None:
+            raise UsageError("tls_client_ca needs tls_certificate and tls_key: only TLS asks for certificates")
+        if self.admin_port is not None and self.keys is None:
+            raise UsageError("admin_port needs a key file: make one with `fettle keys add NAME --actions admin`")
         for name in _AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -18,6 +18,8 @@ from fettle.serve.protocol import decode
 from fettle.serve.refusal import Refusal, quote
 
 _JSON = "application/json"
+# A body has room for millions of empty texts, and each image takes a thousand bytes before it is looked at.
+MAX_IMAGES = 1024
 
 
 @dataclass(slots=True)
@@ -71,6 +73,8 @@ def images_in(body: bytes, content_type: str) -> tuple[list[ImageIn], bool]:
         texts = [request.image] if request.image is not None else request.images or []
         if not texts:
             raise Refusal(400, "images must hold at least one image, got none")
+        if len(texts) > MAX_IMAGES:
+            raise Refusal(413, f"a request may hold at most {MAX_IMAGES} images, got {len(texts)}")
         return [ImageIn(text.encode(), encoded=True) for text in texts], request.images is not None
     if kind == "multipart/form-data":
         files = files_in(body, boundary_of(content_type))

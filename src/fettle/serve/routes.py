@@ -11,6 +11,7 @@ from fettle.serve.dispatch import Dispatcher
 from fettle.serve.health import Health
 from fettle.serve.http import Request, Respond, Response
 from fettle.serve.inference import Inference
+from fettle.serve.keys import Action
 from fettle.serve.metrics import Metrics
 from fettle.serve.models import Deployment, Models
 from fettle.serve.openapi import Description
@@ -25,10 +26,15 @@ _MODEL, _PREDICT = "/v2/models/{model}", "/predict/{model}"
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """A path that exists: its template, for metrics, and what answers each method."""
+    """A path that exists: its template, for metrics, and what answers each method.
+
+    action, model: what a key must be good for; no action: open to everyone. No model: the whole server is meant.
+    """
 
     template: str
     handlers: dict[str, Handler]
+    action: Action | None
+    model: str | None = None
 
     def handler(self, method: str) -> Handler:
         """Raises Refusal 405 with Allow."""
@@ -74,16 +80,19 @@ class Routes:
         get: dict[str, Callable[[], Response]] = {
             "/v2": self._server_metadata,
             "/v2/": self._server_metadata,
-            "/v2/health/live": self._live,
-            "/v2/health/ready": self._ready,
             "/health": self._summary,
-            "/health/live": self._live,
-            "/health/ready": self._ready,
             "/metrics": self._render_metrics,
             "/openapi.json": self._describe,
         }
-        routes = {path: Route(path.rstrip("/"), {"GET": _at_once(handler)}) for path, handler in get.items()}
-        return routes
+        probes = {
+            "/v2/health/live": self._live,
+            "/v2/health/ready": self._ready,
+            "/health/live": self._live,
+            "/health/ready": self._ready,
+        }
+        routes = {path: Route(path.rstrip("/"), {"GET": _at_once(handler)}, "read") for path, handler in get.items()}
+        # Who sends probes has no key to send along, and learns nothing from them.
+        return routes | {path: Route(path, {"GET": _at_once(handler)}, None) for path, handler in probes.items()}
 
     def _model_routes(self) -> dict[tuple[str, ...], _OfModel]:
         """By what follows a model's name."""
@@ -130,10 +139,12 @@ class Routes:
         found = self._of_model.get(tuple(rest))
         if found is None:
             raise Refusal(404, f"no such path: {quote(path)}")
-        return Route(found.template, {found.method: found.handler(deployment, version)})
+        handlers = {found.method: found.handler(deployment, version)}
+        return Route(found.template, handlers, "read" if found.method == "GET" else "infer", deployment.name)
 
     def _predict_route(self, template: str, deployment: Deployment) -> Route:
-        return Route(template, {"POST": partial(self._inference.predict, deployment=deployment)})
+        handler = partial(self._inference.predict, deployment=deployment)
+        return Route(template, {"POST": handler}, "infer", deployment.name)
 
     # Health and metadata: answered from memory, never waiting for inference
 

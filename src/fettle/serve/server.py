@@ -15,25 +15,28 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import uvloop
 
 from fettle.core.errors import FettleError
 from fettle.core.plugins import missing_extra
+from fettle.serve.admin import AdminRoutes
 from fettle.serve.app import Application
-from fettle.serve.connection import Connection, Connections
 from fettle.serve.deploy import Deployer
 from fettle.serve.descriptors import room_for
 from fettle.serve.dispatch import Dispatcher
+from fettle.serve.entry import admin_hosts, keys_of, sockets_of, tls_of
+from fettle.serve.guard import Guard
 from fettle.serve.health import Health
 from fettle.serve.inference import Inference
 from fettle.serve.lanes import Lanes
-from fettle.serve.listener import Listener, address_of, bind
 from fettle.serve.metrics import Metrics
 from fettle.serve.models import Catalogue, Models
 from fettle.serve.observations import ObservationLog
 from fettle.serve.options import ServeOptions
+from fettle.serve.port import Port
 from fettle.serve.routes import Routes, server_version
 from fettle.serve.shadow import Shadow
 from fettle.serve.traffic import Declared, declared
@@ -69,6 +72,7 @@ def serve(
     on_ready: Announce = _nothing,
     on_listening: Announce = _nothing,
     on_grpc: Announce = _nothing,
+    on_admin: Announce = _nothing,
 ) -> int:
     """Serve until SIGTERM or SIGINT, and return the exit code: 0 after a clean drain, 1 otherwise.
 
@@ -76,6 +80,7 @@ def serve(
     catalogue: what else may be loaded while the server runs.
     on_listening: called with the URL once the port is open: health and metrics answer from then on.
     on_grpc: called with HOST:PORT of the gRPC port, where there is one, before on_listening.
+    on_admin: called with the URL of the admin port, where there is one, before on_listening.
     on_ready: called with the URL once each model has a proven version; never, where one has none.
     Raises UsageError where the address cannot be had, or the models cannot be served together. Call it from the main
     thread.
@@ -92,6 +97,7 @@ def serve(
             on_ready=on_ready,
             on_listening=on_listening,
             on_grpc=on_grpc,
+            on_admin=on_admin,
         )
 
     return uvloop.run(run())
@@ -128,10 +134,13 @@ async def serve_until(
     on_ready: Announce = _nothing,
     on_listening: Announce = _nothing,
     on_grpc: Announce = _nothing,
+    on_admin: Announce = _nothing,
 ) -> int:
     """Like `serve`, inside a running loop, until the event is set."""
     service = Service(models, options, catalogue=catalogue, on_ready=on_ready)
     await service.start()
+    if service.admin_url is not None:
+        on_admin(service.admin_url)
     if service.rpc is not None:
         on_grpc(service.rpc.address)
     on_listening(service.url)
@@ -154,9 +163,9 @@ class Service:
     ) -> None:
         self._tracing = _tracing() if options.trace else None
         traffics = declared(models)
-        bound = bind(options.host, options.port)
+        tls, keys = tls_of(options), keys_of(options)
+        sockets = sockets_of(options)
         options = _within_descriptors(options)
-        self.url = address_of(bound)
         self._options = options
         self._on_ready = on_ready
         self._loop = asyncio.get_running_loop()
@@ -188,13 +197,16 @@ class Service:
             inference=inference,
             options=options,
         )
-        self._application = Application(
-            options=options, health=self._health, metrics=metrics, routes=routes, tracing=self._tracing
-        )
+        make = partial(Application, options=options, health=self._health, metrics=metrics, tracing=self._tracing)
+        applications = [make(routes=routes, guard=Guard(keys))]
+        if options.admin_port is not None:
+            admin = AdminRoutes(models=self.models, public=routes)
+            applications.append(make(routes=admin, guard=Guard(keys, hosts=admin_hosts(options))))
         try:
-            self.rpc = self._rpc_server(metrics, inference)
+            self.rpc = self._rpc_server(partial(make, guard=Guard(keys)), inference)
         except FettleError:
-            bound.close()
+            for bound in sockets:
+                bound.close()
             raise
         metrics.watch(
             queued_rows=lambda: self._dispatcher.queued_rows,
@@ -202,30 +214,42 @@ class Service:
             ready=lambda: self._health.ready,
             versions=self.models.versions,
         )
-        self._connections = Connections(options)
-        self._listener = Listener(lambda: Connection(self._application, self._connections), bound)
+        self._ports = [
+            Port(bound, one, options=options, tls=tls) for bound, one in zip(sockets, applications, strict=True)
+        ]
         self._sweeper: asyncio.Task[None] | None = None
 
-    def _rpc_server(self, metrics: Metrics, inference: Inference) -> RpcServer | None:
+    def _rpc_server(self, make: Callable[..., Application], inference: Inference) -> RpcServer | None:
         """The gRPC port with an application of its own, where one is asked for. Raises MissingExtra, UsageError."""
         options = self._options
         if options.grpc_port is None:
             return None
         try:
             from fettle.serve.rpc.calls import Calls
+            from fettle.serve.rpc.credentials import credentials_of
             from fettle.serve.rpc.server import RpcServer
         except ModuleNotFoundError as problem:
             raise missing_extra("a gRPC port", problem) from None
         calls = Calls(models=self.models, health=self._health, inference=inference)
-        application = Application(
-            options=options, health=self._health, metrics=metrics, routes=calls, tracing=self._tracing
+        return RpcServer(
+            options=options, application=make(routes=calls), calls=calls, credentials=credentials_of(options)
         )
-        return RpcServer(options=options, application=application, calls=calls)
+
+    @property
+    def url(self) -> str:
+        """Of the public port."""
+        return self._ports[0].url
+
+    @property
+    def admin_url(self) -> str | None:
+        """Of the admin port, where there is one."""
+        return self._ports[1].url if len(self._ports) > 1 else None
 
     async def start(self) -> None:
         """Open the port, then load: liveness and the reason for not being ready are told from the first moment."""
         self._lanes.start()
-        await self._listener.start()
+        for port in self._ports:
+            await port.listener.start()
         if self.rpc is not None:
             await self.rpc.start()
         self._dispatcher.start()
@@ -240,17 +264,20 @@ class Service:
         self._health.draining = True
         _log.info("draining: %d requests in flight", self._in_flight)
         await asyncio.sleep(options.grace_s)
-        self._listener.refuse_connections()
+        for port in self._ports:
+            port.listener.refuse_connections()
         if self.rpc is not None:
             self.rpc.refuse_calls()
         await self._settle()
-        self._listener.stop()
+        for port in self._ports:
+            port.listener.stop()
         clean = await self._until_quiet(options.drain_timeout_s)
         self.models.close()
         self._dispatcher.close()
         if self._shadow is not None:
             await self._shadow.close()
-        self._connections.close_idle()
+        for port in self._ports:
+            port.connections.close_idle()
         if self.rpc is not None:
             await self.rpc.close()
         await self._lanes.close(_WORKERS_END_S if clean else 0.0)
@@ -265,11 +292,13 @@ class Service:
 
     @property
     def _begun(self) -> int:
-        return self._application.begun + (self.rpc.begun if self.rpc is not None else 0)
+        return sum(port.application.begun for port in self._ports) + (self.rpc.begun if self.rpc is not None else 0)
 
     @property
     def _in_flight(self) -> int:
-        return self._application.in_flight + (self.rpc.in_flight if self.rpc is not None else 0)
+        return sum(port.application.in_flight for port in self._ports) + (
+            self.rpc.in_flight if self.rpc is not None else 0
+        )
 
     def _changed(self) -> None:
         if not self._announced and self._health.ready:
@@ -279,7 +308,8 @@ class Service:
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(_SWEEP_S)
-            self._connections.sweep()
+            for port in self._ports:
+                port.connections.sweep()
 
     async def _settle(self) -> None:
         """Wait until no accepted connection is likely to bring another request."""
@@ -287,13 +317,13 @@ class Service:
         while quiet < _SETTLE_POLLS and time.monotonic() < end:
             await asyncio.sleep(_POLL_S)
             begun = self._begun
-            quiet = 0 if begun != heard or self._listener.waiting() else quiet + 1
+            quiet = 0 if begun != heard or any(port.arriving for port in self._ports) else quiet + 1
             heard = begun
 
     async def _until_quiet(self, timeout_s: float) -> bool:
         """Wait until every request that has begun is answered. False where some were not in time."""
         end = time.monotonic() + timeout_s
-        while (self._in_flight or self._connections.receiving) and time.monotonic() < end:
+        while (self._in_flight or any(port.connections.receiving for port in self._ports)) and time.monotonic() < end:
             await asyncio.sleep(_POLL_S)
         return self._in_flight == 0
 

@@ -12,6 +12,7 @@ from fettle.serve.http import Request, Respond, Response
 from fettle.serve.infer import Form
 from fettle.serve.inference import Inference
 from fettle.serve.jobs import Result
+from fettle.serve.keys import Action
 from fettle.serve.models import Models
 from fettle.serve.refusal import Refusal
 from fettle.serve.routes import EXTENSIONS, Handler, Route, server_version
@@ -23,6 +24,7 @@ HEALTH = "grpc.health.v1.Health"
 CONTENT_TYPE = "application/grpc"
 # Whatever is asked besides inference is a name and a version; the limit keeps parsing out of the event loop's way.
 _MAX_BYTES = 64 * 2**10
+_PROBES = frozenset({"ServerLive", "ServerReady", "Check"})
 _SERVING, _NOT_SERVING = 1, 2
 
 
@@ -44,6 +46,7 @@ class Calls:
             "RepositoryModelUnload": _repository,
         }
         inferences = {name: _at_once(make) for name, make in asked.items()} | {"ModelInfer": self._infer}
+        inferences |= {name: _named(inferences[name]) for name in ("ModelReady", "ModelMetadata")}
         self.services: dict[str, dict[str, Handler]] = {
             INFERENCE: inferences,
             HEALTH: {"Check": _at_once(self._check)},
@@ -55,10 +58,14 @@ class Calls:
         handler = self.services.get(service, {}).get(method)
         if handler is None:
             raise Refusal(501, "this server does not have the method")
-        return Route(f"grpc/{method}", {"POST": handler})
+        # Who sends probes has no key; of which model a message speaks is known once it is read.
+        action: Action | None = None if method in _PROBES else "infer" if method == "ModelInfer" else "read"
+        return Route(f"grpc/{method}", {"POST": handler}, action)
 
     def _infer(self, request: Request, respond: Respond) -> None:
         head = head_of(request.body)
+        if request.key is not None:
+            request.key.check(head.model, "infer")
         deployment = self._models.find(head.model)
         form = Form(announce=lambda *_: ("grpc", 0, head.rows), respond=_respond_with)
         self._inference.infer(request, respond, deployment=deployment, version=head.version, form=form)
@@ -97,6 +104,17 @@ def _respond_with(_: Request, result: Result) -> Response:
 
 def _repository(_: bytes) -> Any:
     raise Refusal(501, "models are not managed on this port")
+
+
+def _named(handler: Handler) -> Handler:
+    """The handler, for keys that are good for the model that the message names."""
+
+    def checked(request: Request, respond: Respond) -> None:
+        if request.key is not None and len(request.body) <= _MAX_BYTES:
+            request.key.check(messages.parse(messages.ModelReadyRequest, request.body).name, "read")
+        handler(request, respond)
+
+    return checked
 
 
 def _at_once(make: Callable[[bytes], Any]) -> Handler:

@@ -1,0 +1,48 @@
+"""API keys and TLS on the gRPC port: the same file, the same scopes."""
+
+import grpc
+import numpy as np
+import pytest
+import trustme
+from tritonclient import grpc as triton
+from tritonclient.utils import InferenceServerException
+
+from fettle.serve.key_file import add_key
+from fettle.serve.keys import new_key
+
+
+def tensor():
+    one = triton.InferInput("x", [1, 3, 8, 8], "FP32")
+    one.set_data_from_numpy(np.zeros((1, 3, 8, 8), np.float32))
+    return [one]
+
+
+@pytest.mark.parametrize("tls", [False, True])
+def test_keys_and_certificates_hold_over_grpc_too(start, shelf, kit, tmp_path, tls):
+    texts = {}
+    for name, models, actions in (("all", "*", ["infer", "read"]), ("other", ["other"], ["infer", "read"])):
+        key, texts[name] = new_key(name, models=models, actions=actions)
+        add_key(tmp_path / "keys.json", key)
+    options, credentials = {}, None
+    if tls:
+        authority = trustme.CA()
+        issued = authority.issue_cert("127.0.0.1")
+        issued.private_key_pem.write_to_path(str(tmp_path / "key.pem"))
+        issued.cert_chain_pems[0].write_to_path(str(tmp_path / "certificate.pem"))
+        options = {"tls_certificate": tmp_path / "certificate.pem", "tls_key": tmp_path / "key.pem"}
+        credentials = grpc.ssl_channel_credentials(authority.cert_pem.bytes())
+    server = start(shelf, grpc_port=0, keys=tmp_path / "keys.json", **options).wait_ready()
+    with triton.InferenceServerClient(server.grpc, creds=credentials, ssl=tls) as client:
+        assert client.is_server_live()
+        assert client.is_server_ready()
+        good = {"authorization": f"Bearer {texts['all']}"}
+        assert client.infer("tiny", tensor(), headers=good).as_numpy("logits").shape == (1, 3)
+        assert client.get_model_metadata("tiny", headers={"x-api-key": texts["all"]}).name == "tiny"
+        for headers, code in ((None, "UNAUTHENTICATED"), ({"x-api-key": texts["other"]}, "PERMISSION_DENIED")):
+            for call in (
+                lambda headers=headers: client.infer("tiny", tensor(), headers=headers),
+                lambda headers=headers: client.get_model_metadata("tiny", headers=headers),
+                lambda headers=headers: client.is_model_ready("tiny", headers=headers),
+            ):
+                with pytest.raises(InferenceServerException, match=code):
+                    call()
