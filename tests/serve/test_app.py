@@ -121,3 +121,11 @@ def test_an_invalid_request_id_is_replaced(images, given):
 
 def test_errors_have_a_request_id_too(images):
     assert images.get("/nope", headers={"x-request-id": "mine"}).headers["x-request-id"] == "mine"
+
+
+def test_startup_is_told_apart_from_readiness(images):
+    assert images.get("/health/startup").json() == {"live": True, "started": True}
+
+
+def test_metrics_tell_what_each_version_has_in_hand(images):
+    assert 'fettle_model_in_flight{model="tiny",version="1"} 0.0' in images.get("/metrics").text

@@ -1087,3 +1087,17 @@ def test_the_wait_that_is_told_is_at_least_a_second():
         await bench.finish_all()
 
     play(scene)
+
+
+def test_jobs_are_told_by_version_while_they_wait_and_while_they_run():
+    async def scene(bench):
+        first, second = mounted(1), mounted(2)
+        bench.submit("runs", model=first)
+        await turn()
+        bench.submit("waits", model=first)
+        bench.submit("waits too", model=second)
+        assert bench.dispatcher.jobs() == {("m", "1"): 2, ("m", "2"): 1}
+        await bench.finish_all()
+        assert not bench.dispatcher.jobs()
+
+    play(scene)

@@ -25,7 +25,8 @@ from fettle.serve.routes import Route, Routes
 
 _log = logging.getLogger("fettle.serve")
 _SHARED = frozenset(
-    {"/health", "/health/live", "/health/ready", "/metrics", "/v2/health/live", "/v2/health/ready"}
+    {"/health", "/health/live", "/health/ready", "/health/startup", "/metrics", "/v2/health/live",
+     "/v2/health/ready"}
 )  # fmt: skip
 
 

@@ -160,9 +160,7 @@ class Connection(asyncio.Protocol):
             self._unheard += len(data)
             if self._unheard > 2 * self._options.max_header_bytes:
                 self._refuse_now(self._header_too_large())
-        if (
-            self._stage is not self._timed
-        ):  # a request that arrives in one piece never comes here with a stage of its own
+        if self._stage is not self._timed:  # never so where requests arrive in one piece
             self._time_stage()
 
     def _time_stage(self) -> None:

@@ -12,6 +12,7 @@ import asyncio
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Sequence
 
 from fettle.serve import wire
@@ -56,6 +57,11 @@ class Dispatcher:
         for queue in self._waiting.values():
             rows += queue.rows
         return rows
+
+    def jobs(self) -> Counter[tuple[str, str]]:
+        """How many jobs of each model and version wait or run."""
+        served = (job.model.served for job in self._all())
+        return Counter((one.name, str(one.version)) for one in served)
 
     def start(self) -> None:
         """Begin to watch deadlines."""

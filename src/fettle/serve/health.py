@@ -25,6 +25,7 @@ class Health:
         self._lanes = lanes
         self._shadow = shadow
         self._started = time.monotonic()
+        self._was_up = False
 
     @property
     def state(self) -> State:
@@ -42,6 +43,12 @@ class Health:
     def ready(self) -> bool:
         """True where a load balancer should send traffic."""
         return self.state == "ready"
+
+    @property
+    def started(self) -> bool:
+        """True from the first time that each model had a proven version: what happens later is not the start's."""
+        self._was_up = self._was_up or all(one.active for one in self._models)
+        return self._was_up
 
     def answers(self, deployment: Deployment) -> bool:
         """True where this model takes traffic, whatever becomes of the others."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 from prometheus_client.core import GaugeMetricFamily
@@ -65,6 +65,8 @@ class Metrics:
             ("model", "variant", "version"), registry=registry,
         )  # fmt: skip
         self.shadow = ShadowMetrics(registry)
+        self._in_hand = _InHand()
+        registry.register(self._in_hand)
         self._queued = Gauge("fettle_queue_rows", "Rows that wait for a worker.", registry=registry)
         for result in ("ok", "failed"):
             self.switches.labels(result)
@@ -75,13 +77,16 @@ class Metrics:
         queued_rows: Callable[[], int],
         in_flight: Callable[[], int],
         ready: Callable[[], bool],
+        jobs: Callable[[], Mapping[tuple[str, str], int]],
         versions: Callable[[], Iterable[tuple[str, str, str, str, str]]],
     ) -> None:
         """Read these when asked for, instead of being told each time they change.
 
+        jobs: how many of each model and version wait or are with a worker.
         versions: model, version, digest, runtime and precision of each that answers.
         """
         self._versions.read = versions
+        self._in_hand.read = jobs
         self._queued.set_function(queued_rows)
         self.in_flight.set_function(in_flight)
         self.ready.set_function(ready)
@@ -146,4 +151,18 @@ class _Versions(Collector):
         family = GaugeMetricFamily("fettle_model_info", "The versions that answer: always 1.", labels=labels)
         for values in sorted(set(self.read())):
             family.add_metric(values, 1)
+        yield family
+
+
+class _InHand(Collector):
+    """What the workers have to do, by version, as it is when asked for."""
+
+    def __init__(self) -> None:
+        self.read: Callable[[], Mapping[tuple[str, str], int]] = dict
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        what = "Requests, or images of one, that wait for a worker or are with it."
+        family = GaugeMetricFamily("fettle_model_in_flight", what, labels=_VERSION)
+        for values, count in sorted(self.read().items()):
+            family.add_metric(values, count)
         yield family

@@ -123,6 +123,10 @@ def _operations() -> dict[tuple[str, str], _Operation]:
         summary="Whether a load balancer should send requests.",
         ok=_json("Ready"), refused=_ALWAYS, unready=_ref("schemas", "Ready"),
     )  # fmt: skip
+    startup = _Operation(
+        summary="Whether each model has been loaded and proven since the start: a probe that waits for it.",
+        ok=_json("Startup"), refused=_ALWAYS, unready=_ref("schemas", "Startup"),
+    )  # fmt: skip
     server = _Operation(
         summary="The server's name, version and extensions of the protocol.", ok=_json("Server"), refused=_ALWAYS
     )
@@ -139,6 +143,7 @@ def _operations() -> dict[tuple[str, str], _Operation]:
         ("GET", "/health"): health,
         ("GET", "/health/live"): live,
         ("GET", "/health/ready"): ready,
+        ("GET", "/health/startup"): startup,
         ("GET", "/metrics"): _Operation(summary="Metrics for Prometheus.", ok=text, refused=_ALWAYS),
         ("GET", "/openapi.json"): _Operation(
             summary="This document.", ok={"application/json": {"type": "object"}}, refused=_ALWAYS
@@ -229,6 +234,7 @@ def _components(models: Sequence[Served], options: ServeOptions) -> dict[str, Sc
         "Error": object_of({"error": {"type": "string"}}, closed=True),
         "Live": object_of({"live": {"type": "boolean"}}),
         "Ready": object_of({"live": {"type": "boolean"}, "ready": {"type": "boolean"}}),
+        "Startup": object_of({"live": {"type": "boolean"}, "started": {"type": "boolean"}}),
         "Server": object_of(
             {
                 "name": {"type": "string"},

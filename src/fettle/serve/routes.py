@@ -89,6 +89,7 @@ class Routes:
             "/v2/health/ready": self._ready,
             "/health/live": self._live,
             "/health/ready": self._ready,
+            "/health/startup": self._startup,
         }
         routes = {path: Route(path.rstrip("/"), {"GET": _at_once(handler)}, "read") for path, handler in get.items()}
         # Who sends probes has no key to send along, and learns nothing from them.
@@ -154,6 +155,10 @@ class Routes:
     def _ready(self) -> Response:
         ready = self._health.ready
         return Response.json({"live": True, "ready": ready}, 200 if ready else 503)
+
+    def _startup(self) -> Response:
+        started = self._health.started
+        return Response.json({"live": True, "started": started}, 200 if started else 503)
 
     def _summary(self) -> Response:
         summary = self._health.summary()

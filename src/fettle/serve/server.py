@@ -212,6 +212,7 @@ class Service:
             queued_rows=lambda: self._dispatcher.queued_rows,
             in_flight=lambda: self._in_flight,
             ready=lambda: self._health.ready,
+            jobs=self._jobs,
             versions=self.models.versions,
         )
         self._ports = [
@@ -299,6 +300,10 @@ class Service:
         return sum(port.application.in_flight for port in self._ports) + (
             self.rpc.in_flight if self.rpc is not None else 0
         )
+
+    def _jobs(self) -> dict[tuple[str, str], int]:
+        """Of each version that answers, and of those that are still asked something."""
+        return dict.fromkeys((found[:2] for found in self.models.versions()), 0) | self._dispatcher.jobs()
 
     def _changed(self) -> None:
         if not self._announced and self._health.ready:
