@@ -524,6 +524,24 @@ def test_a_full_queue_is_429_and_all_or_nothing():
     play(scene, max_queue_rows=8)
 
 
+def test_the_queue_is_bounded_in_bytes_too_but_one_request_always_fits():
+    async def scene(bench):
+        model = mounted()
+        bench.submit("busy", model=model)
+        await turn()
+        bench.submit("large", model=model, payload=b"x" * 150)
+        with pytest.raises(Refusal, match="too many requests are waiting") as refused:
+            bench.submit("small", model=model)
+        assert refused.value.status == 429
+        await bench.finish_all()
+        bench.submit("small", model=model)
+        await turn()
+        bench.submit("another", model=model, payload=b"x" * 95)
+        await bench.finish_all()
+
+    play(scene, max_queue_bytes=100)
+
+
 @pytest.mark.parametrize("jobs", [1, 9])
 def test_a_request_larger_than_the_queue_is_413(jobs):
     async def scene(bench):

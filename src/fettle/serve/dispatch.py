@@ -138,13 +138,20 @@ class Dispatcher:
         self._check_open()
         if jobs[0].model.key in self._forgotten:
             raise Refusal(503, "this version is not served any more: send the request again", retry_after_s=1)
-        if self.queued_rows + rows > limit:
+        if self.queued_rows + rows > limit or self._too_many_bytes(jobs):
             self._shed(jobs[0].model)
             raise Refusal(429, "too many requests are waiting: try again later", retry_after_s=1)
         for job in jobs:
             job.expected_s = self._estimate_s
             self._queue_of(job).add(job)
         self._wake()
+
+    def _too_many_bytes(self, jobs: Sequence[Job]) -> bool:
+        """Whether these and what waits are too much; never so where nothing waits, for one request is always let in."""
+        waiting = 0
+        for queue in self._waiting.values():
+            waiting += queue.bytes
+        return waiting > 0 and waiting + sum(job.item.size for job in jobs) > self._options.max_queue_bytes
 
     def _queue_of(self, job: Job) -> Queue:
         key = (job.model.key, job.kind)

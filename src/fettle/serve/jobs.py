@@ -103,14 +103,14 @@ class Job:
 
 
 class Queue:
-    """The jobs of one version and kind that wait, and their rows."""
+    """The jobs of one version and kind that wait, their rows and bytes."""
 
-    __slots__ = ("jobs", "model", "rows")
+    __slots__ = ("bytes", "jobs", "model", "rows")
 
     def __init__(self, model: Mounted) -> None:
         self.model = model
         self.jobs: deque[Job] = deque()
-        self.rows = 0
+        self.rows = self.bytes = 0
 
     def add(self, job: Job, *, first: bool = False) -> None:
         if first:
@@ -118,10 +118,12 @@ class Queue:
         else:
             self.jobs.append(job)
         self.rows += job.rows
+        self.bytes += job.item.size
 
     def take(self) -> Job:
         job = self.jobs.popleft()
         self.rows -= job.rows
+        self.bytes -= job.item.size
         return job
 
     def head(self) -> Job | None:
@@ -131,7 +133,7 @@ class Queue:
         return self.jobs[0] if self.jobs else None
 
     def drop_settled(self) -> None:
-        gone = sum(job.rows for job in self.jobs if job.settled)
-        if gone:
+        if any(job.settled for job in self.jobs):
             self.jobs = deque(job for job in self.jobs if not job.settled)
-            self.rows -= gone
+            self.rows = sum(job.rows for job in self.jobs)
+            self.bytes = sum(job.item.size for job in self.jobs)

@@ -35,7 +35,8 @@ class ServeOptions:
     host, port: an IP address and a port; port 0 takes a free one. grpc_port: of gRPC, None for no such port.
     threads: threads inside one inference; workers: processes, and so inferences at the same time, by default one for
         each core.
-    max_batch_rows: most rows in one inference; max_queue_rows: rows that may wait, more are refused with 429.
+    max_batch_rows: most rows in one inference; max_queue_rows, max_queue_bytes: rows, and bytes of
+        requests, that may wait; more are refused with 429.
     max_body_bytes: larger bodies are refused with 413, before they are read.
     max_image_pixels: larger images are refused from their header, before they are decoded.
     max_connections: open connections at the same time, fewer where the limit of open files is lower (`ulimit -n`);
@@ -75,6 +76,7 @@ class ServeOptions:
     workers: int = field(default_factory=available_cores)
     max_batch_rows: int = 32
     max_queue_rows: int = 1024
+    max_queue_bytes: int = 256 * 2**20
     max_body_bytes: int = 16 * 2**20
     max_image_pixels: int = 25_000_000
     max_connections: int = 8192
@@ -137,7 +139,7 @@ class ServeOptions:
 
 
 _AT_LEAST_ONE = (
-    "threads", "workers", "max_batch_rows", "max_queue_rows", "max_body_bytes", "max_image_pixels",
+    "threads", "workers", "max_batch_rows", "max_queue_rows", "max_queue_bytes", "max_body_bytes", "max_image_pixels",
     "max_connections", "max_header_bytes", "max_headers", "shadow_rows", "log_rows", "log_queue_rows",
 )  # fmt: skip
 _SECONDS = (
