@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from fettle.core.signature import DTYPES, Signature, TensorSpec
-from fettle.serve.protocol import DATATYPES, parse_infer
+from fettle.serve.protocol import DATATYPES, RequestJson, call_of, decode, json_array, parse_infer
 from fettle.serve.refusal import Refusal
 
 
@@ -98,3 +98,31 @@ def test_rows_are_the_first_dimension_and_the_key_is_the_rest():
     array = np.zeros((5, 2, 3), np.float32)
     call = parse_infer(body_of(array, array.ravel().tolist()), signature_of(array))
     assert (call.rows, call.shape, call.outputs, call.id) == (5, (("x", (2, 3)),), ("y",), None)
+
+
+def outcome_of(call):
+    """What a parser made of a body: the tensors to the last bit, or the refusal."""
+    try:
+        found = call()
+    except Refusal as refusal:
+        return refusal.status, refusal.message
+    return {name: (array.dtype.name, array.shape, array.tobytes()) for name, array in found.inputs.items()}, found
+
+
+@given(
+    st.lists(st.floats(allow_nan=False, allow_infinity=False) | st.integers(-(10**20), 10**20), min_size=1, max_size=6),
+    st.sampled_from(["float16", "float32", "float64"]),
+    st.sampled_from(["FP16", "FP32", "FP64", "INT32", "FP8"]),
+    st.integers(1, 4),
+    st.sampled_from(["", "[", "]", "null", '"x"', "true"]),
+)
+def test_a_flat_list_of_floats_is_read_as_the_general_way_reads_it(values, dtype, datatype, rows, extra):
+    signature = Signature(
+        inputs=(TensorSpec(name="x", dtype=dtype, shape=("batch",)),),
+        outputs=(TensorSpec(name="y", dtype=dtype, shape=("batch",)),),
+    )
+    data = json.dumps(values)[:-1] + (f", {extra}]" if extra else "]")
+    body = f'{{"inputs": [{{"name": "x", "shape": [{rows}], "datatype": "{datatype}", "data": {data}}}]}}'.encode()
+    fast = outcome_of(lambda: parse_infer(body, signature))
+    general = outcome_of(lambda: call_of(decode(body, RequestJson), json_array, signature))
+    assert fast[0] == general[0]

@@ -67,6 +67,23 @@ class RequestJson(msgspec.Struct):
     outputs: list[WantedJson] | None = None
 
 
+class _FlatInput(msgspec.Struct):
+    name: str
+    shape: list[int]
+    datatype: str
+    data: list[float]
+    parameters: _Parameters = {}
+
+
+class _FlatRequest(msgspec.Struct):
+    """As most clients write it: read in one go, where `RequestJson` has its data read a second time."""
+
+    inputs: list[_FlatInput]
+    id: str | None = None
+    parameters: _Parameters = {}
+    outputs: list[WantedJson] | None = None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InferCall:
     """One checked request.
@@ -89,10 +106,28 @@ class InferCall:
 
 def parse_infer(body: bytes | memoryview, signature: Signature) -> InferCall:
     """The arrays in the body of `POST /v2/models/NAME/infer`. Raises Refusal 400."""
+    flat = _flat_floats(body, signature)
+    if flat is not None:
+        return call_of(flat, _flat_array, signature)
     return call_of(decode(body, RequestJson), json_array, signature)
 
 
-def call_of(request: RequestJson, read: Callable[[InputJson], Array], signature: Signature) -> InferCall:
+def _flat_floats(body: bytes | memoryview, signature: Signature) -> _FlatRequest | None:
+    """The request where all data is flat and of floats, None where it is not, or is wrong: the general way says how."""
+    if not all(spec.dtype.startswith("float") for spec in signature.inputs):
+        return None
+    try:
+        request: _FlatRequest = _decoder_of(_FlatRequest).decode(body)
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
+        return None
+    plain = all(
+        _DTYPES.get(tensor.datatype, "").startswith("float") and "binary_data_size" not in tensor.parameters
+        for tensor in request.inputs
+    )
+    return request if plain else None
+
+
+def call_of(request: RequestJson | _FlatRequest, read: Callable[[Any], Array], signature: Signature) -> InferCall:
     """The request with its inputs as `read` finds them, each once and as the signature says. Raises Refusal 400."""
     arrays: dict[str, Array] = {}
     for tensor in request.inputs:
@@ -124,7 +159,7 @@ def decode(body: bytes | memoryview, kind: Any) -> Any:
         raise Refusal(400, f"the body must be JSON as documented: {str(problem)[:200]}") from None
 
 
-def _wanted(request: RequestJson, signature: Signature) -> tuple[str, ...]:
+def _wanted(request: RequestJson | _FlatRequest, signature: Signature) -> tuple[str, ...]:
     known = tuple(spec.name for spec in signature.outputs)
     if not request.outputs:
         return known
@@ -137,7 +172,7 @@ def _wanted(request: RequestJson, signature: Signature) -> tuple[str, ...]:
     return names
 
 
-def _binary(request: RequestJson, names: tuple[str, ...]) -> frozenset[str]:
+def _binary(request: RequestJson | _FlatRequest, names: tuple[str, ...]) -> frozenset[str]:
     """What an output says of itself goes before what the request says of all."""
     every = _flag(request.parameters, "binary_data_output", False)
     own = {wanted.name: wanted.parameters for wanted in request.outputs or ()}
@@ -151,7 +186,7 @@ def _flag(parameters: _Parameters, key: str, default: bool) -> bool:
     return value
 
 
-def layout_of(tensor: InputJson) -> tuple[np.dtype[Any], list[int]]:
+def layout_of(tensor: InputJson | _FlatInput) -> tuple[np.dtype[Any], list[int]]:
     """The data type and the shape that an input declares. Raises Refusal 400.
 
     >>> layout_of(InputJson(name="x", shape=[5, 2], datatype="FP32"))
@@ -197,6 +232,17 @@ def json_array(tensor: InputJson) -> Array:
         raise Refusal(400, f"{where}: nested data must have the shape {shape}, got a ragged one") from None
     if nested and list(array.shape) != shape:
         raise Refusal(400, f"{where}: nested data must have the shape {shape}, got {list(array.shape)}")
+    return _shaped(array, shape, where)
+
+
+def _flat_array(tensor: _FlatInput) -> Array:
+    dtype, shape = layout_of(tensor)
+    with np.errstate(over="ignore"):
+        array = np.fromiter(tensor.data, dtype, len(tensor.data))
+    return _shaped(array, shape, f"input {quote(tensor.name)}")
+
+
+def _shaped(array: Array, shape: list[int], where: str) -> Array:
     if array.size != math.prod(shape):
         raise Refusal(400, f"{where}: shape {shape} needs {math.prod(shape)} values, got {array.size}")
     return array.reshape(shape)
