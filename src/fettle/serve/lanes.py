@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -293,8 +293,7 @@ class Lanes:
                 for lane in lanes:
                     await lane.load(mounted)
             else:
-                # All must have ended: one that is still loading would keep what the others could not.
-                await _all_of(*(lane.load(mounted) for lane in lanes))
+                await asyncio.gather(*(lane.load(mounted) for lane in lanes))
         except ArtifactError:
             self._drop(mounted)
             raise
@@ -333,13 +332,6 @@ def _give_way(pid: int) -> None:
             os.sched_setscheduler(pid, os.SCHED_IDLE, os.sched_param(0))
     except OSError as problem:  # it has ended already, or a container forbids it
         _log.warning("process %d keeps its priority: %s", pid, problem)
-
-
-async def _all_of(*loads: Coroutine[Any, Any, None]) -> None:
-    """Wait for all, then raise the first problem."""
-    for outcome in await asyncio.gather(*loads, return_exceptions=True):
-        if isinstance(outcome, BaseException):
-            raise outcome
 
 
 def _end(process: subprocess.Popen[bytes], timeout_s: float) -> int:
