@@ -36,7 +36,7 @@ def test_convolutions_are_compiled_to_integers(name, tmp_path):
 
 @pytest.mark.parametrize(
     ("precision", "kinds", "group"),
-    [("int8-weights", {"u8"}, 64), ("int4-weights", {"u4"}, 64), ("int8-dynamic", {"i8"}, 64)],
+    [("int8-weights", {"i8"}, 64), ("int4-weights", {"u4"}, 64), ("int8-dynamic", {"i8"}, 64)],
 )
 def test_linear_layers_keep_their_integers_in_the_compiled_graph(precision, kinds, group, tmp_path):
     from fettle.runtime.openvino import activation_group
