@@ -138,7 +138,9 @@ class Dispatcher:
         self._check_open()
         if jobs[0].model.key in self._forgotten:
             raise Refusal(503, "this version is not served any more: send the request again", retry_after_s=1)
-        if self.queued_rows + rows > limit or self._too_many_bytes(jobs):
+        if self._full(jobs, rows):
+            self._pump()  # what an idle worker can take makes room
+        if self._full(jobs, rows):
             self._shed(jobs[0].model)
             raise Refusal(429, "too many requests are waiting: try again later", retry_after_s=1)
         for job in jobs:
@@ -146,8 +148,10 @@ class Dispatcher:
             self._queue_of(job).add(job)
         self._wake()
 
-    def _too_many_bytes(self, jobs: Sequence[Job]) -> bool:
-        """Whether these and what waits are too much; never so where nothing waits, for one request is always let in."""
+    def _full(self, jobs: Sequence[Job], rows: int) -> bool:
+        """Whether these and what waits are too much; of bytes never so where nothing waits: one request is let in."""
+        if self.queued_rows + rows > self._options.max_queue_rows:
+            return True
         waiting = 0
         for queue in self._waiting.values():
             waiting += queue.bytes

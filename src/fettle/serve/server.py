@@ -208,6 +208,14 @@ class Service:
             for bound in sockets:
                 bound.close()
             raise
+        self._show(metrics)
+        self._ports = [
+            Port(bound, one, options=options, tls=tls) for bound, one in zip(sockets, applications, strict=True)
+        ]
+        self._sweeper: asyncio.Task[None] | None = None
+
+    def _show(self, metrics: Metrics) -> None:
+        """What is read when metrics are asked for."""
         metrics.watch(
             queued_rows=lambda: self._dispatcher.queued_rows,
             in_flight=lambda: self._in_flight,
@@ -215,10 +223,6 @@ class Service:
             jobs=self._jobs,
             versions=self.models.versions,
         )
-        self._ports = [
-            Port(bound, one, options=options, tls=tls) for bound, one in zip(sockets, applications, strict=True)
-        ]
-        self._sweeper: asyncio.Task[None] | None = None
 
     def _rpc_server(self, make: Callable[..., Application], inference: Inference) -> RpcServer | None:
         """The gRPC port with an application of its own, where one is asked for. Raises MissingExtra, UsageError."""
