@@ -267,18 +267,22 @@ def echo_target(start, tmp_path, kit):
     return lambda **options: Target(start(tmp_path, process=True, **options).wait_ready(), good)
 
 
-def test_no_tensor_request_harms_the_server(echo_target):
-    target = echo_target()
+def statuses_of(target, make):
+    """Ask what `make` makes, many times: each is answered, in the form of all answers, and nothing is harmed."""
     rng = random.Random(SEED)
     statuses = set()
-    with unharmed(target, lambda: target.ask(*odd_tensors(rng))):
+    with unharmed(target, lambda: target.ask(*make(rng))):
         for number in range(REQUESTS):
-            request = odd_tensors(rng)
+            request = make(rng)
             answer = target.ask(*request)
             assert answer is not None, (number, request)
             check_answer(*answer, (number, request))
             statuses.add(answer[0])
-    assert {200, 400} <= statuses
+    return statuses
+
+
+def test_no_tensor_request_harms_the_server(echo_target):
+    assert {200, 400} <= statuses_of(echo_target(), odd_tensors)
 
 
 # Images
@@ -324,17 +328,7 @@ def image_target(start, shelf):
 
 
 def test_no_image_request_harms_the_server(image_target):
-    target = image_target()
-    rng = random.Random(SEED)
-    statuses = set()
-    with unharmed(target, lambda: target.ask(*odd_pictures(rng))):
-        for number in range(REQUESTS):
-            request = odd_pictures(rng)
-            answer = target.ask(*request)
-            assert answer is not None, (number, request)
-            check_answer(*answer, (number, request))
-            statuses.add(answer[0])
-    assert {200, 400} <= statuses
+    assert {200, 400} <= statuses_of(image_target(), odd_pictures)
 
 
 # Bytes on the wire
