@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check coverage format tables kserve clean
+.PHONY: demo test soak check coverage format tables kserve clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fettle demo
 
 test: $(VENV)/.installed kserve check
 	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=15
+
+# Five minutes of service under light load, in which nothing may be lost and nothing may grow.
+soak: $(VENV)/.installed
+	$(BIN)/python benchmarks/soak.py --minutes 5 --rate 40
 
 # Apart from `test`: counting lines makes the tests a third slower.
 coverage: $(VENV)/.installed

@@ -3,7 +3,8 @@
 fettle serves the int8 ResNet-20 out of a registry, with its prediction log, at half of the requests a second that it
 was found to answer before (open loop, Poisson arrivals: a slow answer does not slow the arrivals down, and latency
 counts from the arrival). Now and then another version is promoted, rolled back, or a worker killed with -9.
-`--minutes M` sets the duration, 60 by default; `--quick` is one minute.
+`--minutes M` sets the duration, 60 by default; `--quick` is one minute. `--rate R` sends R requests a second instead,
+which leaves the machine to others.
 
 Claimed: every request is answered, rightly, or shed with 429 or 503; and neither the front nor any worker grows.
 Growth is the median of the slopes between all pairs of samples of one process (Theil-Sen) after a warm-up, times the
@@ -49,6 +50,7 @@ WARM_UP_SHARE = 0.3
 JUDGED_SHARE = 0.5
 MAX_SAMPLES = 400
 LOST_S = 30.0
+TROUBLE_S = 1.5
 SHED = frozenset({429, 503})
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
@@ -182,7 +184,7 @@ class Load:
 
 async def soak(server: Server, registry: Registry, load: Load, *, seconds: float) -> Tally:
     """Load, watch, and now and then trouble the server."""
-    events = asyncio.create_task(trouble(server, registry, load.tally, every_s=max(3.0, seconds / 40)))
+    events = asyncio.create_task(trouble(server, registry, load.tally, every_s=max(TROUBLE_S, seconds / 40)))
     watch = asyncio.create_task(weigh(server, load.tally, every_s=max(0.25, seconds / MAX_SAMPLES)))
     try:
         await load.run(seconds)
@@ -279,18 +281,19 @@ def prepare(folder: Path) -> tuple[Registry, Payload, Judge]:
     return registry, payload, judge_by(expected, payload.read, tolerance=1e-5)
 
 
-def run(folder: Path, *, seconds: float) -> Result:
-    """Build, find the capacity, soak, judge."""
+def run(folder: Path, *, seconds: float, rate: float | None = None) -> Result:
+    """Build, find the capacity unless a rate is given, soak, judge."""
     registry, payload, judge = prepare(folder)
     command = (sys.executable, "-m", "fettle", "serve", f"{NAME}@champion", "--port", "{port}")
     server = Server(Launch(command, {"FETTLE_HOME": str(folder / "home")}, "/health/ready"), folder / "server.log")
     try:
         server.wait_ready(payload, limit_s=READY_LIMIT_S)
         front = min(processes_with(server.mark))
-        found = asyncio.run(
-            drive(server.port, payload.requests(), connections=CONNECTIONS, seconds=min(5.0, seconds / 8))
-        )
-        rate = max(1.0, SHARE * found.per_s)
+        if rate is None:
+            found = asyncio.run(
+                drive(server.port, payload.requests(), connections=CONNECTIONS, seconds=min(5.0, seconds / 8))
+            )
+            rate = max(1.0, SHARE * found.per_s)
         load = Load(server.port, payload.requests(), judge, rate=rate)
         load.tally.front = front
         tally = asyncio.run(soak(server, registry, load, seconds=seconds))
@@ -321,10 +324,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, soak, report."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--rate", type=float)
     own, rest = parser.parse_known_args(arguments)
     options: Options = parse_options(__doc__, arguments=rest)
+    seconds = 60.0 if options.quick else own.minutes * 60.0
     with tempfile.TemporaryDirectory() as name:
-        return finish(run(Path(name), seconds=60.0 if options.quick else own.minutes * 60.0), options)
+        return finish(run(Path(name), seconds=seconds, rate=own.rate), options)
 
 
 if __name__ == "__main__":
