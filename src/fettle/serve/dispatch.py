@@ -140,9 +140,9 @@ class Dispatcher:
             raise Refusal(503, "this version is not served any more: send the request again", retry_after_s=1)
         if self._full(jobs, rows):
             self._pump()  # what an idle worker can take makes room
-        if self._full(jobs, rows):
-            self._shed(jobs[0].model)
-            raise Refusal(429, "too many requests are waiting: try again later", retry_after_s=1)
+            if self._full(jobs, rows):
+                self._shed(jobs[0].model)
+                raise Refusal(429, "too many requests are waiting: try again later", retry_after_s=1)
         for job in jobs:
             job.expected_s = self._estimate_s
             self._queue_of(job).add(job)
