@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ import typer
 from fettle.cli import app
 from fettle.core import codec
 from fettle.core.project import ProjectFile
+from fettle.serve.config import assigned, resolve, settings_of
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/*/README.md")])
@@ -64,6 +66,7 @@ def test_every_command_a_page_names_exists(words):
     known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
     options = {word.partition("=")[0] for word in rest if word.startswith("--")}
     assert options <= known | {"--help"}, f"{' '.join(words)}: unknown option"
+    assigned(value for word, value in pairwise(rest) if word == "--set" and "=" in value)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -74,9 +77,11 @@ def test_links_lead_somewhere(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_project_files_on_pages_are_valid(page):
+def test_files_on_pages_are_valid(page):
     for block in blocks(page):
-        if block.language == "toml":
+        if block.language == "toml" and block.text.startswith("# serve.toml"):
+            resolve(settings_of(block.text.encode(), folder=ROOT, where=str(page)))
+        elif block.language == "toml":
             codec.from_json(ProjectFile, tomllib.loads(block.text), where=str(page))
 
 

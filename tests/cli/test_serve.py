@@ -86,7 +86,7 @@ def test_a_port_for_grpc_is_announced_and_answers(home):
 
 
 def test_no_log_where_none_is_wanted(home):
-    with serving(home, "tiny@champion", "--no-log") as (said, process):
+    with serving(home, "tiny@champion", "--set", "observations=false") as (said, process):
         assert httpx.get(f"{said['url']}/health").json()["ready"] is True
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=PATIENCE_S)
@@ -117,6 +117,14 @@ def test_no_log_where_none_is_wanted(home):
         (["tiny", "--shadow", "tiny@canary"], 1, ["canary"]),
         (["tiny", "--sticky", "payload"], 2, ["--split too"]),
         (["tiny", "--split", "tiny:1=10", "--sticky", "ip"], 2, ["header:NAME", "'ip'"]),
+        ([], 2, ["at least one MODEL", "models = [...]"]),
+        (["tiny", "--set", "wokers=2"], 2, ["unknown key 'wokers'", "'workers'"]),
+        (["tiny", "--set", "workers=0"], 2, ["workers must be at least 1"]),
+        (["tiny", "--set", "port=1"], 2, ["port is given twice, by --port and by --set"]),
+        (["tiny", "--set", "models=[]"], 2, ["models is given twice, by MODEL and by --set"]),
+        (["tiny", "--access-log", "--set", "access_log=false"], 2, ["by --access-log and by --set"]),
+        (["tiny", "--set", "log_format=xml"], 2, ["the log format must be one of auto, text, json", "'xml'"]),
+        (["tiny", "--config", "none.toml"], 2, ["none.toml cannot be read"]),
     ],
 )
 def test_refused_at_once(run, home, arguments, code, words):
@@ -163,6 +171,71 @@ def test_several_models_a_split_and_a_shadow(home, tmp_path):
     assert process.returncode == 0, err
     for name in ("tiny", "cats"):
         assert list((home / "observations" / name).glob("*.parquet"))
+
+
+def test_every_flag_is_an_option_of_the_server(run, home, tmp_path):
+    flags = ["--host", "::1", "--grpc-port", "0", "--admin-port", "0", "--keys", tmp_path / "keys.json", "--access-log"]
+    shared = ["--split", "tiny:1=10", "--sticky", "payload", "--shadow", "tiny:1", "--port", "0", "--log-format=text"]
+    line = run("serve", "tiny", *flags, *shared, "--set", "log_rows=0", home=home).refused(2)
+    assert line == "fettle: log_rows must be at least 1, got 0"
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "words"),
+    [
+        ("models = []", 2, ["at least one MODEL", "models = [...]"]),
+        ("workers = 2", 2, ["at least one MODEL"]),
+        ("models = ['tiny:8']", 1, ["8"]),
+        ("models = ['tiny']\nprot = 1", 2, ["serve.toml: unknown key 'prot'", "'port'"]),
+        ("models = ['tiny']\nworkers = true", 2, ["serve.toml: workers must be a whole number, got true"]),
+        ("models = ['tiny']\nworkers = 0", 2, ["workers must be at least 1, got 0"]),
+        ("models = ['tiny']\nsplit = ['tiny:1']", 2, ["split must be", "'tiny:1'"]),
+        ("models = ['tiny'\nport = 1", 2, ["serve.toml: not valid TOML", "line 2"]),
+    ],
+)
+def test_a_file_that_cannot_be_meant(run, home, tmp_path, text, code, words):
+    (tmp_path / "serve.toml").write_text(text)
+    line = run("serve", "--config", tmp_path / "serve.toml", "--port", "0", home=home).refused(code)
+    for word in words:
+        assert word in line
+
+
+def test_a_file_alone_makes_a_service_and_the_command_line_wins_over_it(home, tmp_path):
+    (tmp_path / "conf").mkdir()
+    path = tmp_path / "conf" / "serve.toml"
+    tensor = {"name": "input", "shape": [1, 6], "datatype": "FP32", "data": [0.1, 0.2, 0.3, -0.1, -0.2, -0.3]}
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        # The port is taken and the version unknown: what the command line says of them must win.
+        path.write_text(
+            f"""
+            models = ["tiny"]
+            split = ["tiny:8=10"]
+            port = {taken.getsockname()[1]}
+            workers = 2
+            max_body_bytes = 1000
+            max_headers = 40
+            access_log = true
+            log_format = "json"
+            observations = "log/{{model}}"
+            """
+        )
+        with serving(home, "--config", str(path), "--set", "split=[]", "--set", "workers=1") as (said, process):
+            assert said["models"] == ["tiny"]
+            with httpx.Client(base_url=said["url"]) as client:
+                assert client.post("/v2/models/tiny/infer", json={"inputs": [tensor]}).status_code == 200
+                large = client.post("/v2/models/tiny/infer", content=b" " * 1001)
+                assert (large.status_code, "1000 bytes" in large.text) == (413, True)
+                crowded = {f"x-{number}": "" for number in range(41)}
+                assert client.get("/health/live", headers=crowded).status_code == 431
+                assert client.get("/health").json()["workers"] == 1
+            process.send_signal(signal.SIGTERM)
+            _, err = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 0, err
+    assert 413 in [json.loads(line).get("status") for line in err.splitlines()]
+    assert list((tmp_path / "conf" / "log" / "tiny").glob("*.parquet"))
+    assert not (home / "observations").exists()
 
 
 def test_port_in_use(run, home):

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import dataclass, field
 
 import pytest
@@ -110,3 +112,34 @@ def test_free_dictionaries_take_any_key():
 )
 def test_nearest(name, known, text):
     assert codec.nearest(name, known) == text
+
+
+FIRST_TIMES_AT_ONCE = """
+import dataclasses, sys, threading
+from fettle.core import codec
+
+sys.setswitchinterval(1e-6)
+for number in range(80):
+    inner = dataclasses.make_dataclass(f"Inner{number}", [("a", int), ("b", "tuple[str, ...]")])
+    fields = [("inner", inner), ("c", "int | None"), ("d", "dict[str, int]")]
+    outer = dataclasses.make_dataclass(f"Outer{number}", fields)
+    barrier = threading.Barrier(4)
+
+    def convert():
+        barrier.wait()
+        codec.from_json(outer, {"inner": {"a": 1, "b": ["x"]}, "c": None, "d": {}}, where="here")
+
+    threads = [threading.Thread(target=convert) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+print("fine")
+"""
+
+
+def test_threads_may_read_the_same_kind_for_the_first_time_at_once():
+    """A server of two versions does; in a process of its own, for the failure is a segmentation fault."""
+    command = [sys.executable, "-c", FIRST_TIMES_AT_ONCE]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, "fine\n"), done.stderr

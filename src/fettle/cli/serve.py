@@ -7,10 +7,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fettle.core.errors import UsageError
 from fettle.core.home import Home
 from fettle.core.names import Reference
 
@@ -21,12 +22,26 @@ if TYPE_CHECKING:
     from fettle.serve.traffic import Traffic
 
 
-# What needs more than a line to say.
+# None is what the command line did not say: the file says it, or ServeOptions.
 _Models = Annotated[
-    list[str],
+    list[str] | None,
     typer.Argument(
         metavar="MODEL",
-        help="NAME, NAME@alias (followed when it moves) or NAME:version, of each model. /predict is the first.",
+        help="NAME, NAME@alias (followed when it moves) or NAME:version, of each model. /predict is the first. May be "
+        "left to the file.",
+    ),
+]
+_Config = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="TOML file of options and models. What the command line says wins over it."),
+]
+_Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Any option, by its name in the file, as workers=2 or tls_certificate=cert.pem; `false` for none. May be "
+        "repeated.",
     ),
 ]
 _Split = Annotated[
@@ -52,55 +67,42 @@ _Shadow = Annotated[
         "be repeated, once for each model.",
     ),
 ]
-_LogFormat = Annotated[
-    str, typer.Option(help="Of the lines on stderr: text, json, or auto: text on a terminal, else json.")
-]
-_Trace = Annotated[
-    bool, typer.Option("--trace", help="Send spans to the OpenTelemetry collector that OTEL_* names; extra otel.")
-]
-
-_Keys = Annotated[
-    Path | None, typer.Option(help="API keys to ask for (`fettle keys`), by default keys.json in FETTLE_HOME, if any.")
-]
-_Certificate = Annotated[Path | None, typer.Option(help="PEM file: speak TLS on all ports.")]
-_CertificateKey = Annotated[Path | None, typer.Option(help="PEM file: the certificate's key.")]
-_ClientCa = Annotated[Path | None, typer.Option(help="PEM file: clients must show a certificate of this authority.")]
+_Port = Annotated[int | None, typer.Option(min=0, max=65535, help="By default 8080; 0 for a free one.")]
+_GrpcPort = Annotated[int | None, typer.Option(min=0, max=65535, help="Of gRPC; 0 for a free one.")]
 _AdminPort = Annotated[
     int | None, typer.Option(min=0, max=65535, help="Load and unload models here, with an admin key.")
 ]
-_AdminName = Annotated[
-    list[str] | None, typer.Option(help="Further host name by which the admin port may be called. May be repeated.")
+_Keys = Annotated[
+    Path | None, typer.Option(help="API keys to ask for (`fettle keys`), by default keys.json in FETTLE_HOME, if any.")
 ]
+_LogFormat = Annotated[
+    str | None,
+    typer.Option(help="Of the lines on stderr: text, json, or by default auto: text on a terminal, else json."),
+]
+_AccessLog = Annotated[bool | None, typer.Option("--access-log", help="One line on stderr for each request.")]
 
 
 def serve(
-    models: _Models,
+    models: _Models = None,
+    config: _Config = None,
+    assignments: _Set = None,
     split: _Split = None,
     sticky: _Sticky = None,
     shadow: _Shadow = None,
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 for a free one.")] = 8080,
-    grpc_port: Annotated[int | None, typer.Option(min=0, max=65535, help="Of gRPC; 0 for a free one.")] = None,
-    keys: _Keys = None,
-    tls_certificate: _Certificate = None,
-    tls_key: _CertificateKey = None,
-    tls_client_ca: _ClientCa = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on, by default 127.0.0.1.")] = None,
+    port: _Port = None,
+    grpc_port: _GrpcPort = None,
     admin_port: _AdminPort = None,
-    admin_host: Annotated[str, typer.Option(help="Address of the admin port.")] = "127.0.0.1",
-    admin_name: _AdminName = None,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of one inference.")] = 1,
-    grace: Annotated[float, typer.Option(min=0, help="Seconds to serve on after SIGTERM before draining.")] = 0.0,
-    log: Annotated[bool, typer.Option(help="Write the prediction log.")] = True,
-    log_format: _LogFormat = "auto",
-    access_log: Annotated[bool, typer.Option("--access-log", help="One line on stderr for each request.")] = False,
-    trace: _Trace = False,
+    keys: _Keys = None,
+    log_format: _LogFormat = None,
+    access_log: _AccessLog = None,
     as_json: Annotated[bool, typer.Option("--json", help="Announce the URL as one JSON line.")] = False,
 ) -> None:
     """Serve registered models over HTTP: /predict, /v2 (Open Inference Protocol), /health, /metrics."""
     from fettle.cli._traffic import traffic_of
     from fettle.registry import Registry
-    from fettle.serve.logs import configure, format_for
-    from fettle.serve.options import ServeOptions
+    from fettle.serve.config import resolve
+    from fettle.serve.logs import configure
     from fettle.serve.source import RegistryCatalogue, registry_source
 
     home = Home.default()
@@ -110,28 +112,48 @@ def serve(
         registry.get(reference)  # an unknown model is an error now, not a server that never becomes ready
         return registry_source(registry, reference)
 
-    traffics = traffic_of(models, splits=split or (), sticky=sticky, shadows=shadow or (), source=source)
-    form = format_for(log_format, terminal=sys.stderr.isatty())
-    options = ServeOptions(
-        host=host,
-        port=port,
-        grpc_port=grpc_port,
-        threads=threads,
-        grace_s=grace,
-        observations=home.observations("{model}") if log else None,
-        keys=keys or (home.keys if home.keys.exists() else None),
-        tls_certificate=tls_certificate,
-        tls_key=tls_key,
-        tls_client_ca=tls_client_ca,
-        admin_port=admin_port,
-        admin_host=admin_host,
-        admin_names=tuple(admin_name or ()),
-        access_log=access_log,
-        trace=trace,
-        log_format=form,
-    )
-    configure(form)
+    flags = {
+        "models": models,
+        "split": split,
+        "sticky": sticky,
+        "shadow": shadow,
+        "host": host,
+        "port": port,
+        "grpc_port": grpc_port,
+        "admin_port": admin_port,
+        "keys": keys,
+        "log_format": log_format,
+        "access_log": access_log,
+    }
+    words, options = resolve(_settings(home, config, flags, assignments or ()))
+    if not words.models:
+        raise UsageError("give at least one MODEL, here or in the file of --config as models = [...], got none")
+    traffics = traffic_of(words.models, splits=words.split, sticky=words.sticky, shadows=words.shadow, source=source)
+    configure(options.log_format)
     raise typer.Exit(_run(traffics, options, RegistryCatalogue(registry), as_json=as_json))
+
+
+def _settings(
+    home: Home, config: Path | None, flags: Mapping[str, object], assignments: Sequence[str]
+) -> dict[str, Any]:
+    """The home's defaults, over them what the file says, and over that what the command line says."""
+    from fettle.serve.config import assigned, read_settings
+    from fettle.serve.logs import format_for
+
+    defaults = {"observations": home.observations("{model}"), "keys": home.keys if home.keys.exists() else None}
+    # Typer gives an empty list for an option that may be repeated and was not given.
+    given = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in flags.items()
+        if value is not None and value != []
+    }
+    beside = assigned(assignments)
+    for key in beside:
+        if key in given:
+            flag = "MODEL" if key == "models" else f"--{key.replace('_', '-')}"
+            raise UsageError(f"{key} is given twice, by {flag} and by --set")
+    found = {**defaults, **({} if config is None else read_settings(config)), **given, **beside}
+    return {**found, "log_format": format_for(found.get("log_format", "auto"), terminal=sys.stderr.isatty())}
 
 
 def _run(traffics: Sequence[Traffic], options: ServeOptions, catalogue: Catalogue, *, as_json: bool) -> int:

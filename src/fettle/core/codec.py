@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
+import threading
 import types
 import typing
 from collections.abc import Mapping
@@ -15,6 +16,9 @@ import msgspec
 from fettle.core.errors import UsageError
 
 T = TypeVar("T")
+# msgspec ends the process where two threads convert to a dataclass for the first time at once: each frees what the
+# other uses of its description. A thread may come back, from a __post_init__.
+_converting = threading.RLock()
 
 
 def to_json(value: Any) -> Any:
@@ -44,7 +48,8 @@ def from_json(cls: type[T], data: Any, *, where: str, error: type[Exception] = U
     """
     refuse_unknown(cls, data, where=where, error=error)
     try:
-        return msgspec.convert(data, cls, strict=True)
+        with _converting:
+            return msgspec.convert(data, cls, strict=True)
     except msgspec.ValidationError as problem:
         raise error(f"{where}: {problem}") from None
 

@@ -12,6 +12,8 @@ from fettle.serve.logs import FORMATS, Format
 from fettle.serve.wire import MAX_ALONE_BYTES
 
 _CGROUP_CPU = Path("/sys/fs/cgroup/cpu.max")
+# Some eleven days. Timers and gRPC, which counts milliseconds in 32 bits, fail on times without end.
+_MOST_SECONDS = 1_000_000
 
 
 def available_cores() -> int:
@@ -126,12 +128,13 @@ class ServeOptions:
             value = getattr(self, name)
             if value is None:
                 continue
-            if not math.isfinite(value) or value < 0 or (value == 0 and name != "grace_s"):
-                raise UsageError(f"{name} must be a positive number of seconds, got {value}")
+            if not 0 <= value <= _MOST_SECONDS or (value == 0 and name != "grace_s"):
+                raise UsageError(f"{name} must be a positive number of seconds, at most {_MOST_SECONDS}, got {value}")
         if self.log_format not in FORMATS:
             raise UsageError(f"log_format must be one of {', '.join(FORMATS)}, got {self.log_format!r}")
-        if self.max_body_bytes > MAX_ALONE_BYTES:
-            raise UsageError(f"max_body_bytes must be at most {MAX_ALONE_BYTES}, got {self.max_body_bytes}")
+        for name in ("max_body_bytes", "max_header_bytes"):
+            if getattr(self, name) > MAX_ALONE_BYTES:
+                raise UsageError(f"{name} must be at most {MAX_ALONE_BYTES}, got {getattr(self, name)}")
         if self.max_queue_rows < self.max_batch_rows:
             raise UsageError(
                 f"max_queue_rows must be at least max_batch_rows, got {self.max_queue_rows} < {self.max_batch_rows}"
