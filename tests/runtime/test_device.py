@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
+
+import numpy as np
 import pytest
 import torch
 
 from fettle.core.errors import UsageError
 from fettle.runtime import eager, onnxruntime
 from fettle.runtime._device import gpu_number, wanted_device
+from fettle.runtime._onnx_bound import Bound
+from fettle.runtime._pinned import CudaHost, PinnedMemory, find_library
 from fettle.runtime.eager import Eager
 from fettle.runtime.onnxruntime import OnnxRuntime
 from fettle.testing import runtimes
@@ -15,10 +20,18 @@ from fettle.testing.runtimes import seal
 
 GPU = torch.cuda.is_available()
 needs_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU that torch sees")
-needs_gpu_build = pytest.mark.skipif(
-    "CUDAExecutionProvider" not in onnxruntime.onnxruntime.get_available_providers(),
-    reason="needs a GPU and onnxruntime-gpu",
-)
+
+
+def cuda_devices():
+    """How many GPUs ONNX Runtime could use: its build for CUDA may be there without a driver."""
+    if "CUDAExecutionProvider" not in onnxruntime.onnxruntime.get_available_providers():
+        return 0
+    onnxruntime.onnxruntime.preload_dlls()
+    library, count = find_library(), ctypes.c_int()
+    return count.value if library is not None and library.cudaGetDeviceCount(ctypes.byref(count)) == 0 else 0
+
+
+needs_gpu_build = pytest.mark.skipif(cuda_devices() == 0, reason="needs a GPU and onnxruntime-gpu")
 
 
 @pytest.mark.parametrize(("value", "number"), [("", None), ("cpu", None), ("cuda", 0), ("cuda:0", 0), ("cuda:12", 12)])
@@ -89,7 +102,32 @@ def test_eager_conforms_on_a_gpu(check, tmp_path, monkeypatch):
 
 
 @needs_gpu_build
-@pytest.mark.parametrize("check", [runtimes.answers_several_threads, runtimes.agrees_in_integers])
+@pytest.mark.parametrize("check", [runtimes.answers_several_threads, runtimes.agrees_in_integers, runtimes.takes_views])
 def test_onnx_runtime_conforms_on_a_gpu(check, tmp_path, monkeypatch):
     monkeypatch.setenv("FETTLE_DEVICE", "cuda")
     check(OnnxRuntime(), tmp_path)
+
+
+@needs_gpu_build
+def test_onnx_runtime_answers_from_page_locked_memory_as_from_any_other_on_a_gpu(exported, monkeypatch):
+    monkeypatch.setenv("FETTLE_DEVICE", "cuda")
+    runner = OnnxRuntime().load(seal(*exported(OnnxRuntime, "two_outputs")), threads=1)
+    assert isinstance(runner, Bound)
+    for rows in (1, 2, 7, 32, 1, 300, 5):
+        x = np.random.default_rng(rows).normal(size=(rows, 3, 8, 8)).astype(np.float32)
+        found = runner.run({"input_9": x})
+        for array, want in zip(found.values(), runner._session.run(list(found), {"input_9": x}), strict=True):
+            assert array.shape == want.shape
+            assert np.allclose(array, want, atol=1e-6)
+    assert runner._binds
+    assert runner._memory.locked_bytes > 0
+
+
+@needs_gpu_build
+def test_memory_is_really_page_locked_on_a_gpu():
+    library = find_library()
+    array = PinnedMemory(CudaHost(library, 0)).empty((1000,), "float32")
+    attributes = ctypes.create_string_buffer(256)  # of CUDA's cudaPointerAttributes, which begins with the type
+    address = ctypes.c_void_p(array.ctypes.data)
+    assert library.cudaPointerGetAttributes(attributes, address) == 0
+    assert ctypes.c_int.from_buffer(attributes).value == 1, "cudaMemoryTypeHost"

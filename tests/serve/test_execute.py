@@ -206,6 +206,36 @@ def test_requests_of_one_shape_run_as_one_batch_and_others_beside():
     assert [output_of(content).shape for _, content, *_ in unpacked(batch)] == shapes
 
 
+class Prepared(Calls):
+    """Notes the memory that batches are put together in."""
+
+    def __init__(self):
+        super().__init__()
+        self.made, self.taken = [], []
+
+    def empty(self, name, shape):
+        self.made.append(super().empty(name, shape))
+        return self.made[-1]
+
+    def run(self, inputs):
+        self.taken.append(inputs["x"])
+        return super().run(inputs)
+
+
+@pytest.mark.parametrize("kind", ["json", "binary"])
+def test_a_batch_is_put_together_in_memory_that_the_engine_need_not_copy(kind):
+    runner = Prepared()
+    parts = [FORMS[kind](rows(*values)) for values in ([1, 2], [3], [4, 5, 6])]
+    batch = run(runner, kind, parts, max_batch_rows=4)
+    assert statuses(batch) == [200, 200, 200]
+    (made,) = runner.made
+    assert made.ravel().tolist() == [1, 2, 3, 4, 5, 6]
+    assert [taken.shape for taken in runner.taken] == [(4, 1), (2, 1)]
+    assert all(np.shares_memory(taken, made) for taken in runner.taken)
+    run(runner, kind, parts[:1])
+    assert len(runner.made) == 1, "one request alone is as it came"
+
+
 def test_where_the_engine_fails_on_a_batch_its_items_run_one_by_one():
     runner = Calls()
     batch = run(runner, "json", [json_of(rows(1)), json_of(rows(666)), json_of(rows(3, 4))])
@@ -393,6 +423,20 @@ def test_images_together_are_what_each_is_alone(pictures):
         assert found[1].replace(f'"r{number}"'.encode(), b'"r0"') == alone[1]
         np.testing.assert_array_equal(found[3], alone[3])
         np.testing.assert_array_equal(found[4], alone[4])
+
+
+def test_images_are_decoded_into_memory_that_the_engine_need_not_copy():
+    class Own(Means):
+        def empty(self, name, shape):
+            self.made = super().empty(name, shape)
+            return self.made
+
+        def run(self, inputs):
+            assert np.shares_memory(inputs["x"], self.made)
+            return super().run(inputs)
+
+    parts = [(picture((color, 0, 0)), 0) for color in (10, 250)]
+    assert statuses(run(Own(), "image", parts)) == [200, 200]
 
 
 def test_an_image_for_which_the_model_answers_nan_fails_alone():

@@ -4,7 +4,7 @@ import pytest
 
 from fettle.core.errors import UsageError
 from fettle.serve import options as module
-from fettle.serve.options import ServeOptions, available_cores
+from fettle.serve.options import ServeOptions, available_cores, default_workers
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,8 @@ def test_wrong_options(wrong):
         ServeOptions(**wrong)
 
 
-def test_defaults_are_valid():
+def test_defaults_are_valid(monkeypatch):
+    monkeypatch.delenv("FETTLE_DEVICE", raising=False)
     assert ServeOptions().workers == available_cores()
     assert ServeOptions(grace_s=0.0).grace_s == 0
 
@@ -37,6 +38,22 @@ def test_a_containers_quota_counts(tmp_path, monkeypatch, text, cores):
     monkeypatch.setattr(module, "_CGROUP_CPU", path)
     monkeypatch.setattr(module.os, "sched_getaffinity", lambda pid: {0, 1, 2, 3})
     assert available_cores() == cores
+
+
+@pytest.mark.parametrize(
+    ("device", "cores", "workers"), [("cpu", 64, 64), ("", 3, 3), ("cuda", 64, 2), ("cuda:1", 2, 2), ("cuda", 1, 1)]
+)
+def test_on_a_gpu_there_are_few_workers(monkeypatch, device, cores, workers):
+    monkeypatch.setenv("FETTLE_DEVICE", device)
+    monkeypatch.setattr(module, "available_cores", lambda: cores)
+    assert ServeOptions().workers == default_workers() == workers
+    assert ServeOptions(workers=5).workers == 5
+
+
+def test_a_device_that_cannot_be_is_refused_before_anything_starts(monkeypatch):
+    monkeypatch.setenv("FETTLE_DEVICE", "gpu")
+    with pytest.raises(UsageError, match='FETTLE_DEVICE must be "cpu", "cuda" or like "cuda:1", got "gpu"'):
+        ServeOptions()
 
 
 def test_a_body_must_fit_into_a_frame():

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
+
 from fettle.core.signature import Array, Signature
 
 if TYPE_CHECKING:
@@ -22,6 +24,14 @@ class Runner(ABC):
     @abstractmethod
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Named arrays in, named arrays out. Inputs are taken as already checked."""
+
+    def empty(self, name: str, shape: tuple[int, ...]) -> Array:
+        """An array, not filled, for the input of that name: in memory that `run` need not copy it from."""
+        return np.empty(shape, self.input_dtype(name))
+
+    def input_dtype(self, name: str) -> str:
+        """The data type of the input of that name."""
+        return next(spec.dtype for spec in self.signature.inputs if spec.name == name)
 
     def __call__(self, *inputs: Array) -> Any:
         """Arrays in the signature's order; one array out, or a tuple where the model has several outputs.

@@ -13,9 +13,20 @@ from fettle.core.errors import CorruptArtifact, UsageError
 from fettle.core.runner import Runner, RuntimeBase
 from fettle.core.signature import Array, Signature
 from fettle.runtime._device import VARIABLE, ByMachine, exact_weight_bits, gpu_number, wanted_device
+from fettle.runtime._onnx_bound import Bound
+from fettle.runtime._pinned import pinned_memory
 
 _ALWAYS = frozenset({"float", "int8", "int8-weights", "int4-weights", "int8-dynamic"})
 _CUDA = "CUDAExecutionProvider"
+_CUDA_OPTIONS = {
+    # A server meets a new shape with each size of a batch. This takes what cuDNN proposes at once; EXHAUSTIVE, the
+    # default, thinks about each shape for longer, and DEFAULT is cuDNN's slow last resort (onnxruntime#22705).
+    "cudnn_conv_algo_search": "HEURISTIC",
+    # The default doubles what is held each time that it grows, and workers share the GPU's memory.
+    "arena_extend_strategy": "kSameAsRequested",
+    # The default; a stream of their own lets copies race with kernels for memory (onnxruntime#4829).
+    "do_copy_in_default_stream": "1",
+}
 
 
 def _halves() -> frozenset[str]:
@@ -35,13 +46,14 @@ def _providers() -> list[Any]:
             f"{', '.join(onnxruntime.get_available_providers())}: pip install onnxruntime-gpu in its place, or unset "
             f"{VARIABLE}"
         )
-    return [(_CUDA, {"device_id": number}), "CPUExecutionProvider"]
+    return [(_CUDA, {"device_id": number, **_CUDA_OPTIONS}), "CPUExecutionProvider"]
 
 
 class OnnxRuntime(RuntimeBase):
     """Reads `model.onnx`; int8 as QDQ, which it fuses into integer kernels, and few-bit linear layers.
 
-    The path for GPUs has never run: no machine had one.
+    On a GPU inputs and outputs lie in page-locked memory. All of that but CUDA itself is tested on a CPU; on a GPU it
+    has never run: no machine had one.
     """
 
     precisions = ByMachine(_ALWAYS, _halves)
@@ -64,11 +76,14 @@ class OnnxRuntime(RuntimeBase):
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         path = artifact.root / "model.onnx"
         providers = _providers()
+        on_gpu = len(providers) > 1
+        if on_gpu:
+            onnxruntime.preload_dlls()  # CUDA and cuDNN of the nvidia-* packages, which it does not look for itself
         try:
             session = onnxruntime.InferenceSession(str(path), options, providers=providers)
         except Exception as problem:
             raise CorruptArtifact(f"ONNX Runtime refuses model.onnx: {str(problem).splitlines()[0]}") from None
-        if len(providers) > 1 and session.get_providers()[0] != _CUDA:  # it goes on without, and only warns
+        if on_gpu and session.get_providers()[0] != _CUDA:  # it goes on without, and only warns
             raise UsageError(
                 f"{VARIABLE} asks for {wanted_device()}, and ONNX Runtime cannot use it: check CUDA and cuDNN, "
                 f"or unset {VARIABLE}"
@@ -81,6 +96,8 @@ class OnnxRuntime(RuntimeBase):
             wanted, names = [spec.name for spec in specs], [item.name for item in found]
             if sorted(wanted) != sorted(names):
                 raise CorruptArtifact(f"model.onnx must have the {kind} {', '.join(wanted)}, got {', '.join(names)}")
+        if on_gpu:
+            return Bound(session, signature, pinned_memory(gpu_number(wanted_device()) or 0))
         return _Session(session, signature)
 
 

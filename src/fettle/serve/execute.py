@@ -162,7 +162,7 @@ def _images(engine: _Engine, work: Work, payloads: Sequence[memoryview]) -> None
     model = engine.model
     spec = image_spec(model)
     name = model.signature.inputs[0].name
-    rows = np.empty((len(payloads), *spec.shape), np.float32)
+    rows = model.runner.empty(name, (len(payloads), *spec.shape))
     group: list[_Ready] = []
     for index, (item, payload) in enumerate(zip(work.items, payloads, strict=True)):
         try:
@@ -195,7 +195,7 @@ def _tensors(engine: _Engine, work: Work, payloads: Sequence[memoryview]) -> Non
         # Requests for a model of a fixed size share nothing.
         groups.setdefault(call.shape if model.row_wise else index, []).append(ready)
     for group in groups.values():
-        engine.answer(group, merge([one.inputs for one in group]), work.items)
+        engine.answer(group, merge([one.inputs for one in group], model.runner.empty), work.items)
 
 
 def _call(work: Work, item: Item, payload: memoryview, model: LoadedModel) -> InferCall:
@@ -222,12 +222,16 @@ def _formatted(work: Work, model: LoadedModel, call: InferCall) -> Callable[[Ans
     return lambda answer: (protocol.format_infer(answer, model=model, call=call), 0)
 
 
-def merge(inputs: Sequence[Mapping[str, Array]]) -> Mapping[str, Array]:
-    """The rows of all, one below the other.
+def merge(inputs: Sequence[Mapping[str, Array]], empty: Callable[[str, tuple[int, ...]], Array]) -> Mapping[str, Array]:
+    """The rows of all, one below the other. empty: makes the array for the input of a name.
 
-    >>> merge([{"x": np.zeros((1, 2))}, {"x": np.ones((2, 2))}])["x"].shape
+    >>> merge([{"x": np.zeros((1, 2))}, {"x": np.ones((2, 2))}], lambda name, shape: np.empty(shape))["x"].shape
     (3, 2)
     """
     if len(inputs) == 1:
         return inputs[0]
-    return {name: np.concatenate([arrays[name] for arrays in inputs]) for name in inputs[0]}
+    merged = {}
+    for name, first in inputs[0].items():
+        parts = [arrays[name] for arrays in inputs]
+        merged[name] = np.concatenate(parts, out=empty(name, (sum(map(len, parts)), *first.shape[1:])))
+    return merged

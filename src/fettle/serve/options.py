@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fettle.core.errors import UsageError
+from fettle.runtime._device import wanted_device
 from fettle.serve.logs import FORMATS, Format
 from fettle.serve.wire import MAX_ALONE_BYTES
 
@@ -30,13 +31,23 @@ def available_cores() -> int:
         return max(1, allowed)
 
 
+def default_workers() -> int:
+    """One for each core; on a GPU at most two, so that one's work on the host overlaps with the other's kernels.
+
+    More would wait for each other there, and each has a copy of every model on the GPU. Raises UsageError for a
+    device that cannot be.
+    """
+    cores = available_cores()
+    return cores if wanted_device() == "cpu" else min(2, cores)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeOptions:
     """Where to listen, how much to accept, how long to wait.
 
     host, port: an IP address and a port; port 0 takes a free one. grpc_port: of gRPC, None for no such port.
     threads: threads inside one inference; workers: processes, and so inferences at the same time, by default one for
-        each core.
+        each core, and at most two on a GPU.
     max_batch_rows: most rows in one inference; max_queue_rows, max_queue_bytes: rows, and bytes of
         requests, that may wait; more are refused with 429.
     max_body_bytes: larger bodies are refused with 413, before they are read.
@@ -75,7 +86,7 @@ class ServeOptions:
     port: int = 8080
     grpc_port: int | None = None
     threads: int = 1
-    workers: int = field(default_factory=available_cores)
+    workers: int = field(default_factory=default_workers)
     max_batch_rows: int = 32
     max_queue_rows: int = 1024
     max_queue_bytes: int = 256 * 2**20

@@ -189,13 +189,16 @@ def answers_several_threads(runtime: RuntimeBase, folder: Path) -> None:
 
 
 def takes_views(runtime: RuntimeBase, folder: Path) -> None:
-    """Inputs that are no contiguous arrays, or read-only, are answered like any other."""
+    """Inputs that are no contiguous arrays, read-only, or from `Runner.empty`, are answered like any other."""
     case = CASES["mlp"]
     runner = runtime.load(seal(folder / "model", _export(runtime, case, folder / "model")), threads=1)
     whole = named_data(case, rows=8)["input_9"]
     frozen = whole.copy()
     frozen.setflags(write=False)
-    for view, plain in ((whole[::2], whole[::2].copy()), (np.asfortranarray(whole), whole), (frozen, whole)):
+    own = runner.empty("input_9", whole.shape)
+    own[...] = whole
+    views = [(whole[::2], whole[::2].copy()), (np.asfortranarray(whole), whole), (frozen, whole)]
+    for view, plain in (*views, (own, whole), (own[3:], whole[3:])):
         found, want = runner.run({"input_9": view}), runner.run({"input_9": plain})
         assert np.allclose(found["output_9"], want["output_9"], atol=1e-6), "a view must be answered as its copy is"
 
