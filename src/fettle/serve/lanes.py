@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from fettle.core.errors import ArtifactError
-from fettle.serve import wire
+from fettle.serve import priority, wire
 from fettle.serve.descriptors import SHORTAGES
 from fettle.serve.fit import BatchTimes
 from fettle.serve.logs import LOG_FORMAT
@@ -172,7 +172,7 @@ class Lane(asyncio.Protocol):
                 ours.close()
                 raise
         if self._lanes.background:
-            _give_way(self.process.pid)
+            priority.give_way(self.process.pid)
         self._lost.clear()
         await asyncio.get_running_loop().create_connection(lambda: self, sock=ours)
         for mounted in list(self._lanes.mounted.values()):
@@ -319,19 +319,6 @@ class Lanes:
     async def close(self, timeout_s: float) -> None:
         """End every worker."""
         await asyncio.gather(*(lane.close(timeout_s) for lane in self.all))
-
-
-def _give_way(pid: int) -> None:
-    """Let a process run only where no other wants the core; threads that it starts from now on are the same.
-
-    From here, as soon as it exists: where it did so itself, it would have loaded its libraries by then.
-    """
-    try:
-        os.setpriority(os.PRIO_PROCESS, pid, 19)
-        if hasattr(os, "SCHED_IDLE"):
-            os.sched_setscheduler(pid, os.SCHED_IDLE, os.sched_param(0))
-    except OSError as problem:  # it has ended already, or a container forbids it
-        _log.warning("process %d keeps its priority: %s", pid, problem)
 
 
 def _end(process: subprocess.Popen[bytes], timeout_s: float) -> int:

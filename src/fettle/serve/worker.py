@@ -17,7 +17,7 @@ import traceback
 from pathlib import Path
 
 from fettle.core.artifact import Artifact
-from fettle.serve import wire
+from fettle.serve import priority, wire
 from fettle.serve.execute import Batch, execute
 from fettle.serve.logs import LOG_FORMAT, configure, format_for
 from fettle.serve.model import LoadedModel, load_model
@@ -25,8 +25,6 @@ from fettle.serve.refusal import Refusal, reason_of
 
 _log = logging.getLogger("fettle.serve")
 _READ_BYTES = 2**20
-# Behind the server itself, which must be able to say no at once when every core computes.
-_NICENESS = 5
 
 
 class Worker:
@@ -108,7 +106,7 @@ def give_back() -> None:
 
 def main(descriptor: int) -> None:
     """Work on the socket with this descriptor. Signals are the server's business: it ends its workers itself."""
-    os.nice(_NICENESS)
+    priority.come_second()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     configure(format_for(os.environ.get(LOG_FORMAT, "auto"), terminal=sys.stderr.isatty()))
