@@ -13,7 +13,7 @@ from fettle.serve.options import ServeOptions, available_cores
         {"port": -1}, {"port": 65536}, {"workers": 0}, {"threads": 0}, {"max_batch_rows": 0}, {"max_body_bytes": 0},
         {"max_queue_rows": 4, "max_batch_rows": 8}, {"request_timeout_s": 0}, {"request_timeout_s": float("nan")},
         {"grace_s": -1}, {"drain_timeout_s": float("inf")}, {"poll_s": 0}, {"log_flush_s": 0}, {"max_connections": 0},
-        {"grpc_port": -1}, {"grpc_port": 65536},
+        {"load_timeout_s": 0}, {"grpc_port": -1}, {"grpc_port": 65536},
     ],
 )  # fmt: skip
 def test_wrong_options(wrong):

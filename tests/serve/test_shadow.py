@@ -23,7 +23,7 @@ PNG = {"content-type": "image/png"}
 def pids(monkeypatch):
     """Process ids of the shadow's workers, which keep their priority: on a busy machine they would wait for all."""
     found = []
-    monkeypatch.setattr(lanes, "_give_way", found.append)
+    monkeypatch.setattr(lanes, "give_way", found.append)
     return found
 
 

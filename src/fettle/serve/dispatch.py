@@ -269,15 +269,18 @@ class Dispatcher:
             job.settle(Result(content, outcome.header_bytes, observed, outcome.rows, outcome.classes))
 
     def _lost(self, lane: Lane, batch: list[Job] | None) -> None:
-        """A worker died: its jobs go to another, each by itself, and fail where that dies too."""
+        """A worker died: its jobs go to another, each by itself, and fail where that dies too.
+
+        Unless it died while it loaded a new version: that is suspected first, and its worker may well die twice.
+        """
         self._running.pop(lane.number, None)
         for job in reversed(batch or []):
             if job.settled:
                 continue
-            if job.alone:
+            if job.alone and not lane.died_trying:
                 job.settle(Refusal(500, "the model's process died on this input"))
                 continue
-            job.alone = True
+            job.alone = job.alone or not lane.died_trying
             self._queue_of(job).add(job, first=True)
         if self._lanes.problem is not None:
             gone = _no_worker()
