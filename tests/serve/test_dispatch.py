@@ -110,6 +110,7 @@ class Lanes:
     def __init__(self, count, keys):
         self.all = [Lane(number, self, keys) for number in range(count)]
         self.problem = None
+        self.mounted = set(range(100))
         self.unmounted = []
 
     @property
@@ -118,6 +119,7 @@ class Lanes:
 
     def unmount(self, model):
         self.unmounted.append(model)
+        self.mounted.discard(model.key)
         for lane in self.all:
             lane.keys.discard(model.key)
 

@@ -267,6 +267,7 @@ class Lanes:
     def __init__(self, options: ServeOptions, metrics: Metrics, *, background: bool = False) -> None:
         self.options = options
         self.background = background
+        self._versions = metrics.versions
         self._deaths = metrics.shadow.worker_deaths if background else metrics.worker_deaths
         self.mounted: dict[int, Mounted] = {}
         self.wanted: set[int] = set()
@@ -324,6 +325,7 @@ class Lanes:
         finally:
             self._excused.discard(mounted.key)
         self.mounted[mounted.key] = mounted
+        self._versions.begin(served.name, str(served.version))
         for lane in self.all:  # one that came up meanwhile found nothing to load
             if lane.alive and mounted.key not in lane.keys:
                 try:
@@ -361,7 +363,8 @@ class Lanes:
 
     def unmount(self, mounted: Mounted) -> None:
         """Let every worker forget a version."""
-        self.mounted.pop(mounted.key, None)
+        if self.mounted.pop(mounted.key, None) is not None:
+            self._versions.end(mounted.served.name, str(mounted.served.version))
         self._drop(mounted)
 
     def _drop(self, mounted: Mounted) -> None:
