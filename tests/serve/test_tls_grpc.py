@@ -1,6 +1,7 @@
 """Certificates on the gRPC port: real servers, real handshakes, and clients that are turned away."""
 
 import contextlib
+import shutil
 import socket
 import ssl
 
@@ -51,9 +52,11 @@ def live(opened):
 
 
 def turned_away(server, authority, issued=None):
-    with channel(server, authority, issued) as opened, pytest.raises(grpc.RpcError) as caught:
-        live(opened)
-    return caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    with channel(server, authority, issued) as opened:
+        try:
+            return not live(opened)
+        except grpc.RpcError as problem:
+            return problem.code() is grpc.StatusCode.UNAVAILABLE
 
 
 def test_mtls_over_grpc_serves_only_clients_with_a_certificate_of_the_authority(start, shelf, authority, mutual):
@@ -92,3 +95,29 @@ def test_clients_that_are_turned_away_neither_end_nor_hold_up_a_server_with_mtls
         one.close()
     server.signal()
     assert server.wait() == (0, "torch False")
+
+
+def test_a_renewed_certificate_is_shown_to_new_clients_and_old_ones_are_served_on(
+    start, shelf, kit, authority, mutual, tmp_path
+):
+    """Of another authority, which only new clients trust."""
+    for name, path in mutual.items():
+        if name.startswith("tls_"):
+            shutil.copy(path, tmp_path / path.name)
+    options = {name: tmp_path / path.name for name, path in mutual.items() if name.startswith("tls_")}
+    server = start(shelf, grpc_port=0, **options).wait_ready()
+    client, another = authority.issue_cert("client"), trustme.CA()
+    with channel(server, authority, client) as old:
+        assert live(old)
+        assert turned_away(server, another, client)
+        issued = another.issue_cert("127.0.0.1")
+        issued.private_key_pem.write_to_path(str(tmp_path / "key.pem"))
+        assert live(old)
+        issued.cert_chain_pems[0].write_to_path(str(tmp_path / "certificate.pem"))
+        kit.until(lambda: not turned_away(server, another, client))
+        assert turned_away(server, authority, client)
+        assert turned_away(server, another)
+        (tmp_path / "key.pem").write_text("nonsense")
+        with channel(server, another, client) as new:
+            assert live(new)
+        assert live(old)
