@@ -18,7 +18,7 @@ import pytest
 
 from fettle.core.home import Home
 from fettle.registry.store import Registry
-from fettle.serve import lanes
+from fettle.serve import deaths, lanes
 from fettle.serve.source import registry_source
 
 INFER = "/v2/models/tiny/infer"
@@ -183,14 +183,14 @@ def test_a_worker_stopped_while_it_loads_a_promotion_is_ended_and_the_promotion_
 def test_a_version_that_kills_every_worker_that_loads_it_is_refused_and_no_place_is_given_up(
     start, shelf, kit, dying, monkeypatch
 ):
-    monkeypatch.setattr(lanes, "_FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr(deaths, "FIRST_WAIT_S", 0.001)
     server = start(shelf, retry_s=0.01).wait_ready()
     load = Judged(kit, server.url)
     with server.client() as client:
         load.goes_on()
         dying(2, signal.SIGKILL, 1000)
         shelf.point(2)
-        kit.until(lambda: metric(client, "fettle_worker_deaths_total") > lanes._DEATHS, 60)
+        kit.until(lambda: metric(client, "fettle_worker_deaths_total") > deaths.MANY, 60)
         body = client.get("/health").json()
         assert (body["status"], body["version"]) == ("ready", 1)
         assert body["problem"] == "version 2 was refused: a worker process died while it loaded this version"
@@ -233,7 +233,7 @@ def test_promotions_a_bad_version_and_a_rollback_by_an_alias_under_load(start, t
 
 
 def test_no_place_is_given_up_for_a_shortage_that_passes(start, shelf, kit, monkeypatch):
-    left = 3 * lanes._DEATHS
+    left = 3 * deaths.MANY
     begin = subprocess.Popen
 
     def short(*given, **options):
@@ -243,8 +243,8 @@ def test_no_place_is_given_up_for_a_shortage_that_passes(start, shelf, kit, monk
             raise OSError(errno.EMFILE, "Too many open files")
         return begin(*given, **options)
 
-    monkeypatch.setattr(lanes, "_FIRST_WAIT_S", 0.0001)
-    monkeypatch.setattr(lanes, "_LONGEST_WAIT_S", 0.001)
+    monkeypatch.setattr(deaths, "FIRST_WAIT_S", 0.0001)
+    monkeypatch.setattr(deaths, "LONGEST_WAIT_S", 0.001)
     monkeypatch.setattr(subprocess, "Popen", short)
     server = start(shelf, workers=1).wait_ready()
     with server.client() as client:

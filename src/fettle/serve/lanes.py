@@ -12,14 +12,13 @@ import os
 import subprocess
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
 from fettle.core.errors import ArtifactError
-from fettle.serve import wire
+from fettle.serve import deaths, wire
 from fettle.serve.descriptors import SHORTAGES
 from fettle.serve.fit import BatchTimes
 from fettle.serve.logs import LOG_FORMAT
@@ -31,10 +30,6 @@ from fettle.serve.process import end_process, give_way, start_process
 _log = logging.getLogger("fettle.serve")
 # How a worker is started; the descriptor of its socket is put behind it.
 COMMAND = [sys.executable, "-m", "fettle.serve.worker"]
-# More deaths than this within the window, and the lane is given up: whatever kills it will do so again.
-_DEATHS = 5
-_DEATHS_WITHIN_S = 60.0
-_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.05, 2.0
 
 
 class _Died(ArtifactError):
@@ -66,19 +61,24 @@ class Lane(asyncio.Protocol):
         self.keys: set[int] = set()
         self.process: subprocess.Popen[bytes] | None = None
         self._lanes = lanes
-        self._deaths: deque[float] = deque(maxlen=_DEATHS)
+        self._deaths = deaths.Deaths(first_rest_s=lanes.options.retry_s)
         self._transport: asyncio.Transport | None = None
         self._frames = wire.Frames()
         self._work: wire.Work | None = None
         self._loading: dict[int, asyncio.Future[wire.Loaded]] = {}
         self._keeper: asyncio.Task[None] | None = None
         self._lost = asyncio.Event()
+        self._wanted = asyncio.Event()
         self._complete = asyncio.Event()  # the worker has what the others have, or none will come
 
     @property
     def alive(self) -> bool:
         """Whether a worker listens."""
         return self._transport is not None
+
+    def wake(self) -> None:
+        """Try again at once where the place was given up for a while."""
+        self._wanted.set()
 
     def start(self) -> None:
         """Keep a worker here from now on."""
@@ -161,31 +161,42 @@ class Lane(asyncio.Protocol):
     # Of the worker's life
 
     async def _keep(self) -> None:
-        wait_s = _FIRST_WAIT_S
-        while not self.problem:
+        while True:
             started = time.monotonic()
             try:
                 await self._run_worker()
             except OSError as problem:
                 _log.error("worker %d cannot be started: %s", self.number, problem)
                 if problem.errno in SHORTAGES:
-                    wait_s = min(wait_s * 2, _LONGEST_WAIT_S)
-                    await asyncio.sleep(wait_s)
+                    await asyncio.sleep(self._deaths.wait())
                     continue
+            now = time.monotonic()
             if self.died_trying:  # the place is well, and the version waits longer each time it is tried
-                wait_s = _FIRST_WAIT_S
-                await asyncio.sleep(wait_s)
-                continue
-            self._deaths.append(time.monotonic())
-            lived = time.monotonic() - started
-            if len(self._deaths) == _DEATHS and self._deaths[-1] - self._deaths[0] < _DEATHS_WITHIN_S:
-                self.problem = f"worker {self.number} died {_DEATHS} times within {_DEATHS_WITHIN_S:g} s: given up"
-                _log.error("%s", self.problem)
-                self._complete.set()
-                self._lanes.on_given_up(self)
+                await asyncio.sleep(deaths.FIRST_WAIT_S)
+            elif not self._deaths.died(now, lived_s=now - started):
+                await asyncio.sleep(self._deaths.wait())
+            elif self._lanes.background:
+                why, rest_s = self._deaths.sentence, self._deaths.rest()
+                self._give_up(f"{why}: given up, and tried again after {rest_s:g} s")
+                await self._rest(rest_s)
+            else:
+                self._give_up(f"{self._deaths.sentence}: given up")
                 return
-            wait_s = _FIRST_WAIT_S if lived > _DEATHS_WITHIN_S else min(wait_s * 2, _LONGEST_WAIT_S)
-            await asyncio.sleep(wait_s)
+
+    def _give_up(self, why: str) -> None:
+        self.problem = f"worker {self.number} {why}"
+        _log.error("%s", self.problem)
+        self._complete.set()
+        self._lanes.on_given_up(self)
+
+    async def _rest(self, seconds: float) -> None:
+        """Leave the place empty for so long, or until another version is to be tried."""
+        self._wanted.clear()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._wanted.wait(), seconds)
+        self.problem = None
+        self._complete.clear()
+        self._lanes.on_tried_again()
 
     async def _run_worker(self) -> None:
         """Start a worker, bring it what the others have, and wait for its end."""
@@ -260,7 +271,8 @@ class Lanes:
     """Workers that all have the same versions, and what is mounted in them.
 
     living: lanes that answer, or soon will; problem: why none is left, or None.
-    background: their processes take what time others leave. wanted: keys of the versions mounted or being mounted.
+    background: their processes take what time others leave, and a place that is given up is tried again, ever later.
+    wanted: keys of the versions mounted or being mounted.
     on_done(lane, batch, report, body), on_lost(lane, batch or None), on_idle(lane): told to whoever gives the batches.
     """
 
@@ -292,12 +304,17 @@ class Lanes:
         self._alive.set()
 
     def on_given_up(self, lane: Lane) -> None:
-        """A lane will have no worker again."""
+        """A lane will have no worker again, or none for a while."""
         self.living -= 1
         if not self.living:
             self.problem = lane.problem
         self._alive.set()  # whoever waits for a first worker should learn that there may be none
         self.on_lost(lane, None)
+
+    def on_tried_again(self) -> None:
+        """A lane that was given up will have a worker."""
+        self.living += 1
+        self.problem = None
 
     def on_end(self) -> None:
         """A worker has died."""
@@ -336,8 +353,11 @@ class Lanes:
 
     async def _some_alive(self) -> list[Lane]:
         """Those whose worker listens: one at least. Raises ArtifactError where there will be none."""
+        if self.background:  # a switch waits ever longer before it asks again for what was refused
+            for lane in self.all:
+                lane.wake()
         while True:
-            if self.problem or self._closing:
+            if self._closing or (self.problem and not self.background):
                 raise ArtifactError(self.problem or "the server is shutting down")
             if alive := [lane for lane in self.all if lane.alive]:
                 return alive
