@@ -17,6 +17,7 @@ LIGHT = (
     "fettle.core.project",
     "fettle.serve.server",
     "fettle.serve.app",
+    "fettle.serve.worker",
     "fettle.registry.store",
     "fettle.monitor.report",
     "fettle.runtime.onnxruntime",
@@ -35,3 +36,10 @@ def test_importing_it_loads_nothing_heavy(module):
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == []
+
+
+def test_a_worker_starts_without_what_only_the_front_needs():
+    """One is started for each core, and again for each that dies: an eighth of its start went to this."""
+    code = "import sys, fettle.serve.worker; print([n for n in ('asyncio', 'prometheus_client') if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.strip() == "[]"

@@ -18,7 +18,7 @@ import pytest
 
 from fettle.core.home import Home
 from fettle.registry.store import Registry
-from fettle.serve import lanes
+from fettle.serve import deaths, lanes
 from fettle.serve.source import registry_source
 
 INFER = "/v2/models/tiny/infer"
@@ -139,6 +139,68 @@ def test_workers_killed_while_versions_switch_lose_nothing(start, shelf, kit):
 # Versions
 
 
+@pytest.fixture
+def dying(monkeypatch, tmp_path):
+    """Let workers of servers inside this process get a signal as they load a version, `dying(2, signal, times)`."""
+    monkeypatch.setattr(lanes, "COMMAND", [sys.executable, str(Path(__file__).with_name("dying_worker.py"))])
+    monkeypatch.setenv("FETTLE_TEST_DEATH", str(tmp_path / "death"))
+
+    def wish(version, number, times):
+        (tmp_path / "death").write_text(json.dumps({"version": version, "signal": number, "times": times}))
+
+    wish(0, 0, 0)
+    return wish
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_worker_killed_while_it_loads_a_promotion_does_not_hold_it_up(start, shelf, kit, dying, workers):
+    server = start(shelf, workers=workers, retry_s=1000.0).wait_ready()
+    load = Judged(kit, server.url)
+    with server.client() as client:
+        load.goes_on()
+        dying(2, signal.SIGKILL, 1)
+        shelf.point(2)
+        kit.until(lambda: client.get("/health").json()["version"] == 2)
+        assert metric(client, "fettle_worker_deaths_total") == 1
+        assert metric(client, 'fettle_switches_total{result="failed"}') == 0
+        kit.until(lambda: client.get("/health").json()["workers"] == workers)
+        load.goes_on()
+    assert load.end() == {1, 2}
+
+
+def test_a_worker_stopped_while_it_loads_a_promotion_is_ended_and_the_promotion_goes_on(start, shelf, kit, dying):
+    server = start(shelf, load_timeout_s=6.0, retry_s=1000.0).wait_ready()
+    load = Judged(kit, server.url)
+    with server.client() as client:
+        dying(2, signal.SIGSTOP, 1)
+        shelf.point(2)
+        kit.until(lambda: client.get("/health").json()["version"] == 2)
+        assert metric(client, "fettle_worker_deaths_total") == 1
+        load.goes_on()
+    assert load.end() == {1, 2}
+
+
+def test_a_version_that_kills_every_worker_that_loads_it_is_refused_and_no_place_is_given_up(
+    start, shelf, kit, dying, monkeypatch
+):
+    monkeypatch.setattr(deaths, "FIRST_WAIT_S", 0.001)
+    server = start(shelf, retry_s=0.01).wait_ready()
+    load = Judged(kit, server.url)
+    with server.client() as client:
+        load.goes_on()
+        dying(2, signal.SIGKILL, 1000)
+        shelf.point(2)
+        kit.until(lambda: metric(client, "fettle_worker_deaths_total") > deaths.MANY, 60)
+        body = client.get("/health").json()
+        assert (body["status"], body["version"]) == ("ready", 1)
+        assert body["problem"] == "version 2 was refused: a worker process died while it loaded this version"
+        dying(2, signal.SIGKILL, 0)  # somebody mended the machine
+        kit.until(lambda: client.get("/health").json()["version"] == 2)
+        kit.until(lambda: client.get("/health").json()["workers"] == 2)
+        load.goes_on()
+    assert load.end() == {1, 2}
+
+
 def test_promotions_a_bad_version_and_a_rollback_by_an_alias_under_load(start, tmp_path, kit):
     """Through the real registry: the bad one changes nothing, and /health says why it was refused."""
     registry = Registry(Home(tmp_path / "home"))
@@ -171,7 +233,7 @@ def test_promotions_a_bad_version_and_a_rollback_by_an_alias_under_load(start, t
 
 
 def test_no_place_is_given_up_for_a_shortage_that_passes(start, shelf, kit, monkeypatch):
-    left = 3 * lanes._DEATHS
+    left = 3 * deaths.MANY
     begin = subprocess.Popen
 
     def short(*given, **options):
@@ -181,9 +243,9 @@ def test_no_place_is_given_up_for_a_shortage_that_passes(start, shelf, kit, monk
             raise OSError(errno.EMFILE, "Too many open files")
         return begin(*given, **options)
 
-    monkeypatch.setattr(lanes, "_FIRST_WAIT_S", 0.0001)
-    monkeypatch.setattr(lanes, "_LONGEST_WAIT_S", 0.001)
-    monkeypatch.setattr(lanes.subprocess, "Popen", short)
+    monkeypatch.setattr(deaths, "FIRST_WAIT_S", 0.0001)
+    monkeypatch.setattr(deaths, "LONGEST_WAIT_S", 0.001)
+    monkeypatch.setattr(subprocess, "Popen", short)
     server = start(shelf, workers=1).wait_ready()
     with server.client() as client:
         assert client.get("/health").json()["problem"] is None

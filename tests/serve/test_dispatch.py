@@ -55,6 +55,7 @@ class Lane:
     def __init__(self, number, lanes, keys):
         self.number = number
         self.alive = True
+        self.died_trying = False
         self.batch = None
         self.busy_since = 0.0
         self.keys = set(keys)
@@ -90,9 +91,10 @@ class Lane:
             self.batch = batch
             self.lose()
 
-    def lose(self):
-        """The worker dies."""
+    def lose(self, *, trying=False):
+        """The worker dies, perhaps while it loads a new version."""
         self.alive = False
+        self.died_trying = trying
         self.keys.clear()
         batch, self.batch = self.batch, None
         self._lanes.on_lost(self, batch)
@@ -108,6 +110,7 @@ class Lanes:
     def __init__(self, count, keys):
         self.all = [Lane(number, self, keys) for number in range(count)]
         self.problem = None
+        self.mounted = set(range(100))
         self.unmounted = []
 
     @property
@@ -116,6 +119,7 @@ class Lanes:
 
     def unmount(self, model):
         self.unmounted.append(model)
+        self.mounted.discard(model.key)
         for lane in self.all:
             lane.keys.discard(model.key)
 
@@ -818,6 +822,28 @@ def test_a_job_that_two_workers_died_of_is_500_and_its_neighbors_are_answered():
         await bench.finish_all()
         assert [bench.status(name) for name in "abc"] == [200, 500, 200]
         assert set(bench.times_settled.values()) == {1}
+
+    play(scene)
+
+
+def test_a_worker_that_dies_of_a_new_version_casts_no_suspicion_on_its_jobs():
+    async def scene(bench):
+        lane = bench.lanes.all[0]
+        for name in "ab":
+            bench.submit(name, model=mounted())
+        await turn()
+        for _ in range(3):
+            lane.lose(trying=True)
+            lane.revive({1})
+            await turn()
+        lane.lose()
+        lane.revive({1})
+        await turn()
+        lane.lose(trying=True)  # and one that is suspected already is acquitted of this death
+        lane.revive({1})
+        await bench.finish_all()
+        assert bench.names() == [*[["a", "b"]] * 4, ["a"], ["a"], ["b"]]
+        assert [bench.status(name) for name in "ab"] == [200, 200]
 
     play(scene)
 

@@ -1,5 +1,7 @@
 """API keys and TLS on the gRPC port: the same file, the same scopes."""
 
+import threading
+
 import grpc
 import numpy as np
 import pytest
@@ -46,3 +48,43 @@ def test_keys_and_certificates_hold_over_grpc_too(start, shelf, kit, tmp_path, t
             ):
                 with pytest.raises(InferenceServerException, match=code):
                     call()
+
+
+def test_who_has_no_key_is_refused_before_its_message_is_read(start, shelf, kit, tmp_path):
+    """Clients that begin a call and do not send its message: a server that reads first would wait for it."""
+    texts = {}
+    for name, actions in (("all", ["infer", "read"]), ("reader", ["read"])):
+        key, texts[name] = new_key(name, models="*", actions=actions)
+        add_key(tmp_path / "keys.json", key)
+    server = start(shelf, grpc_port=0, keys=tmp_path / "keys.json").wait_ready()
+    ended = threading.Event()
+
+    def never():
+        ended.wait(60)
+        yield b""
+
+    with grpc.insecure_channel(server.grpc) as channel:
+        infer = channel.stream_unary("/inference.GRPCInferenceService/ModelInfer")
+        for given, code in (
+            (None, grpc.StatusCode.UNAUTHENTICATED),
+            ("fettle_x", grpc.StatusCode.UNAUTHENTICATED),
+            (texts["reader"], grpc.StatusCode.PERMISSION_DENIED),
+        ):
+            metadata = (("x-request-id", "one"), *((("x-api-key", given),) if given else ()))
+            with pytest.raises(grpc.RpcError) as caught:
+                infer(never(), timeout=30, metadata=metadata)
+            assert caught.value.code() is code
+            assert ("x-request-id", "one") in [tuple(pair) for pair in caught.value.trailing_metadata()]
+        waiting = infer.future(never(), timeout=30, metadata=(("x-api-key", texts["all"]),))
+        with server.client(headers={"x-api-key": texts["reader"]}) as client:
+            text = client.get("/metrics").text
+            assert 'fettle_requests_total{code="401",route="unknown"} 2.0' in text
+            assert 'fettle_requests_total{code="403",route="unknown"} 1.0' in text
+        assert not waiting.done()  # whoever is let in may take its time
+        waiting.cancel()
+        ended.set()
+        for message in (bytes(10_000), bytes(10_000_000)):
+            with pytest.raises(grpc.RpcError) as caught:
+                channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")(message, timeout=30)
+            assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+    assert server.stop() == 0

@@ -32,8 +32,8 @@ def served(version):
     )  # fmt: skip
 
 
-def connected(count):
-    lanes = Lanes(ServeOptions(workers=count), Metrics())
+def connected(count, **options):
+    lanes = Lanes(ServeOptions(workers=count, **options), Metrics())
     transports = [Transport() for _ in lanes.all]
     for lane, transport in zip(lanes.all, transports, strict=True):
         lane.connection_made(transport)
@@ -102,5 +102,149 @@ def test_a_worker_that_comes_up_late_and_fails_does_not_undo_a_mount():
         say(late, wire.Refused(1, "out of memory", ""))
         mounted = await mounting
         assert (first.keys, late.keys, list(lanes.mounted)) == ({mounted.key}, set(), [mounted.key])
+
+    asyncio.run(run())
+
+
+class Process:
+    """A worker's process, which ends at once when it is killed; loads have time from then on."""
+
+    def __init__(self, lane):
+        self._lane = lane
+
+    def kill(self):
+        self._lane._lanes.options = ServeOptions(workers=1)
+        self._lane.connection_lost(None)
+
+
+def replaced(lane):
+    """Another worker has come up, with what the others have."""
+    transport = Transport()
+    lane.connection_made(transport)
+    lane._complete.set()
+    return transport
+
+
+def loads(transport):
+    return [order.key for order in transport.orders if isinstance(order, wire.Load)]
+
+
+def test_a_worker_that_dies_once_during_a_mount_is_replaced_and_the_version_tried_again_there():
+    async def run():
+        lanes, transports = connected(2)
+        first, second = lanes.all
+        mounting = asyncio.ensure_future(lanes.mount(served(1), "/nowhere"))
+        await turns()
+        for lane in lanes.all:
+            say(lane, wire.Loaded(1, [1], [0.1]))
+        await mounting
+        mounting = asyncio.ensure_future(lanes.mount(served(2), "/nowhere"))
+        await turns()
+        first.connection_lost(None)
+        assert first.died_trying
+        await turns()
+        assert loads(transports[1]) == [1]  # no other worker is risked
+        again = replaced(first)
+        await turns()
+        assert loads(again) == [2]
+        say(first, wire.Loaded(2, [1], [0.1]))
+        await turns()
+        say(second, wire.Loaded(2, [1], [0.1]))
+        mounted = await mounting
+        assert all(mounted.key in lane.keys for lane in lanes.all)
+        assert not lanes._excused
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_second_death_in_one_mount_is_the_versions_fault(count):
+    async def run():
+        lanes, _ = connected(count)
+        mounting = asyncio.ensure_future(lanes.mount(served(1), "/nowhere"))
+        await turns()
+        for lane in lanes.all:
+            lane.connection_lost(None)
+        await turns()
+        if count == 1:
+            replaced(lanes.all[0])
+            await turns()
+            lanes.all[0].connection_lost(None)
+        with pytest.raises(ArtifactError, match="died while it loaded"):
+            await mounting
+        for lane in lanes.all:
+            assert loads(replaced(lane)) == []
+        await turns()
+        assert not lanes.wanted
+        assert not lanes._excused
+
+    asyncio.run(run())
+
+
+def test_a_worker_that_does_not_load_in_time_is_ended_and_replaced():
+    async def run():
+        lanes, _ = connected(1, load_timeout_s=0.02)
+        (lane,) = lanes.all
+        lane.process = Process(lane)
+        ended = lane._lost.wait()
+        mounting = asyncio.ensure_future(lanes.mount(served(1), "/nowhere"))
+        await asyncio.wait_for(ended, 20)
+        replaced(lane)
+        await turns()
+        say(lane, wire.Loaded(1, [1], [0.1]))
+        assert (await mounting).key in lane.keys
+
+    asyncio.run(run())
+
+
+def test_nothing_is_mounted_unproven_where_no_worker_lives_at_that_moment():
+    async def run():
+        lanes, _ = connected(2)
+        for lane in lanes.all:
+            lane.connection_lost(None)
+        mounting = asyncio.ensure_future(lanes.mount(served(1), "/nowhere"))
+        await turns()
+        assert not mounting.done()
+        replaced(lanes.all[1])
+        await turns()
+        say(lanes.all[1], wire.Loaded(1, [1], [0.1]))
+        mounted = await mounting
+        assert lanes.all[1].keys == {mounted.key}
+
+    asyncio.run(run())
+
+
+def test_a_worker_that_was_lost_before_its_turn_in_a_mount_says_nothing_of_the_version():
+    async def run():
+        lanes, _ = connected(2)
+        mounting = asyncio.ensure_future(lanes.mount(served(1), "/nowhere"))
+        await turns()
+        for lane in lanes.all:
+            say(lane, wire.Loaded(1, [1], [0.1]))
+        await mounting
+        mounting = asyncio.ensure_future(lanes.mount(served(2), "/nowhere"))
+        await turns()
+        lanes.all[1].connection_lost(None)
+        assert not lanes.all[1].died_trying
+        say(lanes.all[0], wire.Loaded(2, [1], [0.1]))
+        mounted = await mounting
+        assert (lanes.all[0].keys, lanes.all[1].keys) == ({1, mounted.key}, set())
+
+    asyncio.run(run())
+
+
+def test_a_mount_under_way_ends_with_the_server():
+    async def run():
+        lanes, _ = connected(1)
+        (lane,) = lanes.all
+        mounting = asyncio.ensure_future(lanes.mount(served(1), "/nowhere"))
+        await turns()
+        lane.connection_lost(None)
+        await turns()
+        waiting = asyncio.ensure_future(lanes.mount(served(2), "/nowhere"))
+        await lanes.close(1.0)
+        for one in (mounting, waiting):
+            with pytest.raises(ArtifactError, match="shutting down"):
+                await one
 
     asyncio.run(run())

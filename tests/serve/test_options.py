@@ -15,6 +15,7 @@ from fettle.serve.options import ServeOptions, available_cores, default_workers
         {"grace_s": -1}, {"drain_timeout_s": float("inf")}, {"poll_s": 0}, {"log_flush_s": 0}, {"max_connections": 0},
         {"grpc_port": -1}, {"grpc_port": 65536}, {"idle_timeout_s": 1e300}, {"poll_s": 1_000_001},
         {"max_header_bytes": 2**31},
+        {"load_timeout_s": 0},
     ],
 )  # fmt: skip
 def test_wrong_options(wrong):

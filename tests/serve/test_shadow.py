@@ -10,7 +10,7 @@ import time
 import pytest
 from pyarrow import parquet
 
-from fettle.serve import priority
+from fettle.serve import lanes
 from fettle.serve.source import FolderSource
 from fettle.serve.traffic import Traffic, Variant
 
@@ -23,7 +23,7 @@ PNG = {"content-type": "image/png"}
 def pids(monkeypatch):
     """Process ids of the shadow's workers, which keep their priority: on a busy machine they would wait for all."""
     found = []
-    monkeypatch.setattr(priority, "give_way", found.append)
+    monkeypatch.setattr(lanes, "give_way", found.append)
     return found
 
 
@@ -132,7 +132,7 @@ def test_a_shadow_that_does_not_load_is_named_and_changes_nothing(start, shelf, 
 
 
 def test_a_shadow_killed_again_and_again_is_given_up_and_the_primary_loses_nothing(start, shelf, kit, pids):
-    server = start(shadowed(shelf.root), workers=1).wait_ready()
+    server = start(shadowed(shelf.root), workers=1, retry_s=1000.0).wait_ready()
     with server.client() as client:
         ready(server, client, kit)
         load = kit.Load(server.url, clients=3, body=kit.body_of(0.5))
@@ -150,6 +150,46 @@ def test_a_shadow_killed_again_and_again_is_given_up_and_the_primary_loses_nothi
         for _, version, content in load.end():
             assert version == 1
             assert b"2.5" in content
+    assert server.stop() == 0
+
+
+def test_a_shadow_that_was_given_up_is_tried_again_ever_later(start, shelf, kit, pids, caplog):
+    server = start(shadowed(shelf.root), workers=1, retry_s=0.05).wait_ready()
+    with server.client() as client:
+        ready(server, client, kit)
+        load = kit.Load(server.url, clients=2, body=kit.body_of(0.5))
+        for death in range(1, 8):  # after five it rests, and after each one more
+            kit.until(lambda death=death: len(pids) == death)
+            os.kill(pids[-1], signal.SIGKILL)
+        kit.until(lambda: len(pids) == 8)
+        kit.until(lambda: shadow_of(client)["problem"] is None)
+        before = counts(client).get("answered", 0)
+        kit.until(lambda: counts(client).get("answered", 0) > before)
+        assert client.get("/health/ready").status_code == 200
+        assert "fettle_worker_deaths_total 0.0" in client.get("/metrics").text
+        assert {version for _, version, _ in load.end()} == {1}
+    assert server.stop() == 0
+    given_up = [record.message for record in caplog.records if "given up" in record.message]
+    often, again = "worker 0 died 5 times within 60 s", "worker 0 died again, soon after its rest"
+    assert given_up == [
+        f"{why}: given up, and tried again after {rest} s" for why, rest in ((often, 0.05), (again, 0.1), (again, 0.2))
+    ]
+
+
+def test_another_version_need_not_wait_for_the_rest_of_a_shadow_that_was_given_up(start, shelf, kit, pids):
+    shadow = kit.Shelf(shelf.root, "tiny")
+    shadow.point(2)
+    traffic = Traffic((Variant(FolderSource("tiny", shelf.root / "1", 1)),), shadow=shadow)
+    server = start(traffic, workers=1, retry_s=1000.0).wait_ready()
+    with server.client() as client:
+        ready(server, client, kit)
+        for death in range(1, 6):
+            kit.until(lambda death=death: len(pids) == death)
+            os.kill(pids[-1], signal.SIGKILL)
+        kit.until(lambda: "tried again after 1000 s" in (shadow_of(client)["problem"] or ""))
+        shadow.point(1)
+        kit.until(lambda: shadow_of(client)["version"] == 1)
+        assert shadow_of(client)["problem"] is None
     assert server.stop() == 0
 
 

@@ -10,8 +10,9 @@ import pytest
 import trustme
 
 from fettle.core.errors import UsageError
+from fettle.core.files import write_atomic
 from fettle.serve.options import ServeOptions
-from fettle.serve.tls import server_context
+from fettle.serve.tls import Certificates, server_context
 
 INFER = "/v2/models/tiny/infer"
 JSON = {"content-type": "application/json"}
@@ -26,12 +27,18 @@ def authority():
 def files(authority, tmp_path_factory):
     """Options for a server whose certificate is for 127.0.0.1."""
     root = tmp_path_factory.mktemp("tls")
+    options, _ = issue(authority, root)
+    return options
+
+
+def issue(authority, root):
+    """Put a new certificate and its key where a server finds them, the key first, and the authority beside them."""
     issued = authority.issue_cert("127.0.0.1", "localhost")
     issued.private_key_pem.write_to_path(str(root / "key.pem"))
     for number, part in enumerate(issued.cert_chain_pems):
         part.write_to_path(str(root / "certificate.pem"), append=number > 0)
     authority.cert_pem.write_to_path(str(root / "ca.pem"))
-    return {"tls_certificate": root / "certificate.pem", "tls_key": root / "key.pem"}
+    return {"tls_certificate": root / "certificate.pem", "tls_key": root / "key.pem"}, issued
 
 
 def trusting(authority, issued=None):
@@ -202,3 +209,98 @@ def test_a_client_that_closes_its_side_of_tls_is_no_noise_in_the_log(start, slow
             wrapped.close()
     assert server.stop() == 0
     assert [record.message for record in caplog.records if record.name == "asyncio"] == []
+
+
+# Renewed certificates
+
+
+def shown(port):
+    """The certificate that a new handshake is answered with."""
+    return ssl.PEM_cert_to_DER_cert(ssl.get_server_certificate(("127.0.0.1", port), timeout=20))
+
+
+def der(issued):
+    return ssl.PEM_cert_to_DER_cert(issued.cert_chain_pems[0].bytes().decode())
+
+
+@pytest.mark.parametrize("process", [True, False], ids=["uvloop", "asyncio"])
+def test_a_renewed_certificate_is_shown_to_new_connections_and_old_ones_live_on(
+    start, shelf, kit, tmp_path, authority, process
+):
+    options, before = issue(authority, tmp_path)
+    server = start(shelf.root if process else shelf, process=process, **options).wait_ready()
+    port = address(server)[1]
+    assert shown(port) == der(before)
+    load = kit.Load(server.url, clients=2, tls=trusting(authority))
+    kit.until(lambda: len(load.answers) > 10)
+    for renewal in range(2):
+        old = shown(port)
+        aside = tmp_path / f"aside{renewal}"  # as cert-manager: another folder, and one link to it
+        aside.mkdir()
+        _, now = issue(authority, aside)
+        for name in ("key.pem", "certificate.pem"):
+            (aside / name).rename(tmp_path / name)
+        kit.until(lambda old=old: shown(port) != old)
+        assert shown(port) == der(now)
+        seen = len(load.answers)
+        kit.until(lambda seen=seen: len(load.answers) > seen + 10)
+    load.end()
+    with server.client(verify=trusting(authority)) as client:
+        assert client.get("/health").status_code == 200
+
+
+def test_a_pair_that_does_not_fit_changes_nothing_and_is_told_once(start, shelf, kit, tmp_path, authority, caplog):
+    options, before = issue(authority, tmp_path)
+    server = start(shelf, **options).wait_ready()
+    port = address(server)[1]
+
+    def told():
+        return [record.message for record in caplog.records if "stays as it was" in record.message]
+
+    write_atomic(tmp_path / "key.pem", authority.issue_cert("127.0.0.1").private_key_pem.bytes())
+    kit.until(told)
+    write_atomic(tmp_path / "certificate.pem", b"nonsense")
+    kit.until(lambda: len(told()) == 2)
+    (tmp_path / "certificate.pem").unlink()
+    kit.until(lambda: len(told()) == 3)
+    for _ in range(20):  # handshakes, while the files are looked at again and again
+        assert shown(port) == der(before)
+    assert len(told()) == 3
+    for message, words in zip(told(), ("does not belong to", "must be PEM", "cannot be read"), strict=True):
+        assert words in message
+    _, now = issue(authority, tmp_path)
+    kit.until(lambda: shown(port) == der(now))
+
+
+def test_another_authority_for_clients_is_taken_too(start, shelf, kit, tmp_path, authority):
+    options, _ = issue(authority, tmp_path)
+    another = trustme.CA()
+    ours, theirs = authority.issue_cert("client"), another.issue_cert("client")
+    server = start(shelf, **options, tls_client_ca=tmp_path / "ca.pem").wait_ready()
+
+    def served(issued):
+        with server.client(verify=trusting(authority, issued)) as client:
+            try:
+                return client.get("/health").status_code == 200
+            except httpx.TransportError:
+                return False
+
+    assert (served(ours), served(theirs), served(None)) == (True, False, False)
+    another.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    kit.until(lambda: served(theirs))
+    assert (served(ours), served(theirs), served(None)) == (False, True, False)
+
+
+def test_nothing_is_read_while_the_files_still_change(authority, tmp_path):
+    options, _ = issue(authority, tmp_path)
+    files = Certificates(options["tls_certificate"], options["tls_key"])
+    first = files.latest
+    files.refresh()
+    assert files.latest is first
+    for _ in range(3):  # each look finds other files than the one before
+        issue(authority, tmp_path)
+        files.refresh()
+        assert files.latest is first
+    files.refresh()
+    assert files.latest.key == (tmp_path / "key.pem").read_bytes()
+    assert files.latest.certificate == (tmp_path / "certificate.pem").read_bytes()

@@ -24,6 +24,15 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def state_of(path: Path) -> tuple[int, ...] | None:
+    """What differs as soon as the file is another or was written to, without reading it; None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino, found.st_dev, found.st_mode
+
+
 def write_atomic(path: Path, content: bytes, *, mode: int | None = None) -> None:
     """Write the file so that a reader, or a crash, sees the old content or the new, never half of it.
 

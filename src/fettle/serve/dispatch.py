@@ -40,7 +40,6 @@ class Dispatcher:
         self._waiting: dict[tuple[int, wire.Kind], Queue] = {}
         self._running: dict[int, list[Job]] = {}
         self._retired: list[Mounted] = []
-        self._forgotten: set[int] = set()
         self._works = 0
         self._pumping = False
         self._closed = False
@@ -136,7 +135,7 @@ class Dispatcher:
         if rows > limit:
             raise Refusal(413, f"a request may have at most {limit} rows, got {rows}")
         self._check_open()
-        if jobs[0].model.key in self._forgotten:
+        if jobs[0].model.key not in self._lanes.mounted:
             raise Refusal(503, "this version is not served any more: send the request again", retry_after_s=1)
         if self._full(jobs, rows):
             self._pump()  # what an idle worker can take makes room
@@ -269,15 +268,18 @@ class Dispatcher:
             job.settle(Result(content, outcome.header_bytes, observed, outcome.rows, outcome.classes))
 
     def _lost(self, lane: Lane, batch: list[Job] | None) -> None:
-        """A worker died: its jobs go to another, each by itself, and fail where that dies too."""
+        """A worker died: its jobs go to another, each by itself, and fail where that dies too.
+
+        Unless it died while it loaded a new version: that is suspected first, and its worker may well die twice.
+        """
         self._running.pop(lane.number, None)
         for job in reversed(batch or []):
             if job.settled:
                 continue
-            if job.alone:
+            if job.alone and not lane.died_trying:
                 job.settle(Refusal(500, "the model's process died on this input"))
                 continue
-            job.alone = True
+            job.alone = job.alone or not lane.died_trying
             self._queue_of(job).add(job, first=True)
         if self._lanes.problem is not None:
             gone = _no_worker()
@@ -310,7 +312,6 @@ class Dispatcher:
             runs = any(batch[0].model is model for batch in self._running.values())
             if not waits and not runs:
                 self._retired.remove(model)
-                self._forgotten.add(model.key)
                 self._waiting = {key: queue for key, queue in self._waiting.items() if key[0] != model.key}
                 self._lanes.unmount(model)
 

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import logging
 import socket
-import ssl
 
 from fettle.core.errors import UsageError
 from fettle.serve.guard import is_loopback
 from fettle.serve.key_file import KeyFile
 from fettle.serve.listener import bind
 from fettle.serve.options import ServeOptions
-from fettle.serve.tls import server_context
+from fettle.serve.tls import Certificates
 
 _log = logging.getLogger("fettle.serve")
 
 
-def tls_of(options: ServeOptions) -> ssl.SSLContext | None:
+def tls_of(options: ServeOptions) -> Certificates | None:
     """For all ports; None for plain HTTP. Raises UsageError."""
     if options.tls_certificate is None or options.tls_key is None:
         return None
-    return server_context(options.tls_certificate, options.tls_key, options.tls_client_ca)
+    return Certificates(options.tls_certificate, options.tls_key, options.tls_client_ca)
 
 
 def keys_of(options: ServeOptions) -> KeyFile | None:

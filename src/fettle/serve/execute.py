@@ -22,7 +22,7 @@ from fettle.serve.binary import format_binary, parse_binary
 from fettle.serve.images import decode_base64, preprocess_into
 from fettle.serve.logs import about
 from fettle.serve.model import LoadedModel, ModelFault, run
-from fettle.serve.predict import format_prediction, image_spec
+from fettle.serve.prediction import format_prediction, image_spec
 from fettle.serve.protocol import InferCall
 from fettle.serve.refusal import Refusal
 from fettle.serve.wire import MAX_ANSWER_BYTES, Item, Outcome, Work

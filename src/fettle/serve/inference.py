@@ -19,7 +19,8 @@ from fettle.serve.logs import about
 from fettle.serve.models import Deployment
 from fettle.serve.observations import ObservationLog, observation_of
 from fettle.serve.options import ServeOptions
-from fettle.serve.predict import Gathered, image_spec, images_in
+from fettle.serve.predict import Gathered, images_in
+from fettle.serve.prediction import image_spec
 from fettle.serve.refusal import Refusal, quote
 from fettle.serve.shadow import Shadow
 from fettle.serve.wire import Item

@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 
 from fettle.core.errors import UsageError
-from fettle.core.files import write_atomic
+from fettle.core.files import state_of, write_atomic
 from fettle.serve.keys import MAX_FILE_BYTES, Key, Keys
 
 _log = logging.getLogger("fettle.serve")
@@ -54,7 +54,7 @@ class KeyFile:
     def __init__(self, path: Path, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._path = path
         self._clock = clock
-        self._seen = self._state()
+        self._seen = state_of(path)
         self._keys = read_keys(path)
         self._due = clock() + _CHECK_S
 
@@ -64,7 +64,7 @@ class KeyFile:
         now = self._clock()
         if now >= self._due:
             self._due = now + _CHECK_S
-            state = self._state()
+            state = state_of(self._path)
             if state != self._seen:
                 self._seen = state
                 self._read_again()
@@ -77,13 +77,6 @@ class KeyFile:
             _log.error("the API keys stay as they were: %s", problem)
         else:
             _log.info("the API keys were read again: %d of them", len(self._keys.entries))
-
-    def _state(self) -> tuple[int, ...] | None:
-        try:
-            found = self._path.stat()
-        except OSError:
-            return None
-        return found.st_mtime_ns, found.st_size, found.st_ino, found.st_mode
 
 
 def change_keys(path: Path, change: Callable[[tuple[Key, ...]], list[Key]]) -> None:

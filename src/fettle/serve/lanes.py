@@ -9,32 +9,32 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import socket
 import subprocess
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
 from fettle.core.errors import ArtifactError
-from fettle.serve import priority, wire
+from fettle.serve import deaths, wire
 from fettle.serve.descriptors import SHORTAGES
 from fettle.serve.fit import BatchTimes
 from fettle.serve.logs import LOG_FORMAT
 from fettle.serve.metrics import Metrics
 from fettle.serve.model import Served
 from fettle.serve.options import ServeOptions
+from fettle.serve.priority import give_way
+from fettle.serve.process import end_process, start_process
 
 _log = logging.getLogger("fettle.serve")
 # How a worker is started; the descriptor of its socket is put behind it.
 COMMAND = [sys.executable, "-m", "fettle.serve.worker"]
-_BUFFER_BYTES = 2**20
-# More deaths than this within the window, and the lane is given up: whatever kills it will do so again.
-_DEATHS = 5
-_DEATHS_WITHIN_S = 60.0
-_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.05, 2.0
+
+
+class _Died(ArtifactError):
+    """A worker ended while it loaded a version, which may or may not be the version's fault."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,37 +48,51 @@ class Mounted:
 
 
 class Lane(asyncio.Protocol):
-    """One worker at a time. `batch` is what it works on, for whoever gave it."""
+    """One worker at a time. `batch` is what it works on, for whoever gave it.
+
+    died_trying: the latest worker ended while it loaded a version that no worker is known to survive.
+    """
 
     def __init__(self, number: int, lanes: Lanes) -> None:
         self.number = number
         self.batch: Any = None
         self.busy_since = 0.0
         self.problem: str | None = None
+        self.died_trying = False
         self.keys: set[int] = set()
         self.process: subprocess.Popen[bytes] | None = None
         self._lanes = lanes
-        self._deaths: deque[float] = deque(maxlen=_DEATHS)
+        self._deaths = deaths.Deaths(first_rest_s=lanes.options.retry_s)
         self._transport: asyncio.Transport | None = None
         self._frames = wire.Frames()
         self._work: wire.Work | None = None
         self._loading: dict[int, asyncio.Future[wire.Loaded]] = {}
         self._keeper: asyncio.Task[None] | None = None
         self._lost = asyncio.Event()
+        self._wanted = asyncio.Event()
+        self._complete = asyncio.Event()  # the worker has what the others have, or none will come
 
     @property
     def alive(self) -> bool:
         """Whether a worker listens."""
         return self._transport is not None
 
+    def wake(self) -> None:
+        """Try again at once where the place was given up for a while."""
+        self._wanted.set()
+
     def start(self) -> None:
         """Keep a worker here from now on."""
         self._keeper = asyncio.get_running_loop().create_task(self._keep())
 
     async def load(self, mounted: Mounted) -> None:
-        """Load a version into this lane's worker. Raises ArtifactError with the reason where it is not fit."""
-        if self._transport is None:
-            raise ArtifactError(f"worker {self.number} is not running")
+        """Load a version into this lane's worker. Raises ArtifactError with the reason where it is not fit.
+
+        A worker that takes longer than `load_timeout_s` is ended.
+        """
+        transport = self._transport
+        if transport is None:
+            raise _Died(f"worker {self.number} is not running")
         under_way = self._loading.get(mounted.key)
         if under_way is not None:  # a worker that came up during a mount is told of the version by both
             await asyncio.shield(under_way)
@@ -89,17 +103,31 @@ class Lane(asyncio.Protocol):
         order = wire.Load(
             mounted.key, served.name, served.version, mounted.root, options.threads, options.max_batch_rows
         )
-        self._transport.write(wire.frame(order))
+        transport.write(wire.frame(order))
+        timer = asyncio.get_running_loop().call_later(options.load_timeout_s, self._load_is_late, served)
         try:
             loaded = await future
         finally:
+            timer.cancel()
             self._loading.pop(mounted.key, None)
+        if self._transport is not transport:
+            raise _Died("a worker process died when it had loaded this version")
         if mounted.key not in self._lanes.wanted:
             raise ArtifactError("this version was given up while it was loaded")
         for rows, seconds in zip(loaded.rows, loaded.seconds, strict=True):
             mounted.times.observe(rows, seconds)
         self.keys.add(mounted.key)
         self._lanes.on_idle(self)
+
+    def _load_is_late(self, served: Served) -> None:
+        what = f"{served.name}:{served.version} within {self._lanes.options.load_timeout_s:g} s"
+        _log.error("worker %d has not loaded %s: it is ended", self.number, what)
+        self.kill()
+
+    async def complete(self, timeout_s: float) -> None:
+        """Wait until another worker has taken the place of one that died, and has what the others have."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._complete.wait(), timeout_s)
 
     def unload(self, key: int) -> None:
         """Let the worker forget a version, also one that it is loading."""
@@ -125,54 +153,60 @@ class Lane(asyncio.Protocol):
         """Hang up, and wait for the worker to end; kill it after the timeout."""
         if self._keeper is not None:
             self._keeper.cancel()
+        self._complete.set()
         if self._transport is not None:
             self._transport.close()
         if self.process is not None:
-            await asyncio.to_thread(_end, self.process, timeout_s)
+            await asyncio.to_thread(end_process, self.process, timeout_s)
 
     # Of the worker's life
 
     async def _keep(self) -> None:
-        wait_s = _FIRST_WAIT_S
-        while not self.problem:
+        while True:
             started = time.monotonic()
             try:
                 await self._run_worker()
             except OSError as problem:
                 _log.error("worker %d cannot be started: %s", self.number, problem)
                 if problem.errno in SHORTAGES:
-                    wait_s = min(wait_s * 2, _LONGEST_WAIT_S)
-                    await asyncio.sleep(wait_s)
+                    await asyncio.sleep(self._deaths.wait())
                     continue
-            self._deaths.append(time.monotonic())
-            lived = time.monotonic() - started
-            if len(self._deaths) == _DEATHS and self._deaths[-1] - self._deaths[0] < _DEATHS_WITHIN_S:
-                self.problem = f"worker {self.number} died {_DEATHS} times within {_DEATHS_WITHIN_S:g} s: given up"
-                _log.error("%s", self.problem)
-                self._lanes.on_given_up(self)
+            now = time.monotonic()
+            if self.died_trying:  # the place is well, and the version waits longer each time it is tried
+                await asyncio.sleep(deaths.FIRST_WAIT_S)
+            elif not self._deaths.died(now, lived_s=now - started):
+                await asyncio.sleep(self._deaths.wait())
+            elif self._lanes.background:
+                why, rest_s = self._deaths.sentence, self._deaths.rest()
+                self._give_up(f"{why}: given up, and tried again after {rest_s:g} s")
+                await self._rest(rest_s)
+            else:
+                self._give_up(f"{self._deaths.sentence}: given up")
                 return
-            wait_s = _FIRST_WAIT_S if lived > _DEATHS_WITHIN_S else min(wait_s * 2, _LONGEST_WAIT_S)
-            await asyncio.sleep(wait_s)
+
+    def _give_up(self, why: str) -> None:
+        self.problem = f"worker {self.number} {why}"
+        _log.error("%s", self.problem)
+        self._complete.set()
+        self._lanes.on_given_up(self)
+
+    async def _rest(self, seconds: float) -> None:
+        """Leave the place empty for so long, or until another version is to be tried."""
+        self._wanted.clear()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._wanted.wait(), seconds)
+        self.problem = None
+        self._complete.clear()
+        self._lanes.on_tried_again()
 
     async def _run_worker(self) -> None:
         """Start a worker, bring it what the others have, and wait for its end."""
-        ours, theirs = socket.socketpair()
-        with theirs:
-            for end in (ours, theirs):
-                end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
-            ours.setblocking(False)
-            options = self._lanes.options
-            environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads), LOG_FORMAT: options.log_format}
-            command = [*COMMAND, str(theirs.fileno())]
-            try:
-                self.process = subprocess.Popen(
-                    command, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL
-                )
-            except OSError:
-                ours.close()
-                raise
+        self.died_trying = False
+        options = self._lanes.options
+        environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads), LOG_FORMAT: options.log_format}
+        self.process, ours = start_process(COMMAND, environment)
         if self._lanes.background:
-            priority.give_way(self.process.pid)
+            give_way(self.process.pid)
         self._lost.clear()
         await asyncio.get_running_loop().create_connection(lambda: self, sock=ours)
         for mounted in list(self._lanes.mounted.values()):
@@ -182,8 +216,10 @@ class Lane(asyncio.Protocol):
                 await self.load(mounted)
             except ArtifactError as problem:
                 _log.error("worker %d cannot load what the others have: %s", self.number, problem)
+        if self.alive:
+            self._complete.set()
         await self._lost.wait()
-        code = await asyncio.to_thread(_end, self.process, 5.0)
+        code = await asyncio.to_thread(end_process, self.process, 5.0)
         _log.error("worker %d ended with %d and is replaced", self.number, code)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -220,10 +256,12 @@ class Lane(asyncio.Protocol):
 
     def connection_lost(self, problem: Exception | None) -> None:
         self._transport = None
+        self._complete.clear()
         self.keys.clear()
+        self.died_trying = any(key not in self._lanes.mounted for key in self._loading)
         for future in self._loading.values():
             if not future.done():
-                future.set_exception(ArtifactError("a worker process died while it loaded this version"))
+                future.set_exception(_Died("a worker process died while it loaded this version"))
         batch, self.batch, self._work = self.batch, None, None
         self._lost.set()
         self._lanes.on_end()
@@ -234,16 +272,19 @@ class Lanes:
     """Workers that all have the same versions, and what is mounted in them.
 
     living: lanes that answer, or soon will; problem: why none is left, or None.
-    background: their processes take what time others leave. wanted: keys of the versions mounted or being mounted.
+    background: their processes take what time others leave, and a place that is given up is tried again, ever later.
+    wanted: keys of the versions mounted or being mounted.
     on_done(lane, batch, report, body), on_lost(lane, batch or None), on_idle(lane): told to whoever gives the batches.
     """
 
     def __init__(self, options: ServeOptions, metrics: Metrics, *, background: bool = False) -> None:
         self.options = options
         self.background = background
+        self._versions = metrics.versions
         self._deaths = metrics.shadow.worker_deaths if background else metrics.worker_deaths
         self.mounted: dict[int, Mounted] = {}
         self.wanted: set[int] = set()
+        self._excused: set[int] = set()  # of versions being mounted, those that one worker has died of, perhaps
         self.on_done: Callable[[Lane, Any, wire.Done, memoryview], None] = lambda *_: None
         self.on_lost: Callable[[Lane, Any], None] = lambda *_: None
         self.on_idle: Callable[[Lane], None] = lambda _: None
@@ -251,6 +292,7 @@ class Lanes:
         self.living = len(self.all)
         self.problem: str | None = None
         self._keys = 0
+        self._closing = False
         self._alive = asyncio.Event()
 
     def start(self) -> None:
@@ -263,12 +305,17 @@ class Lanes:
         self._alive.set()
 
     def on_given_up(self, lane: Lane) -> None:
-        """A lane will have no worker again."""
+        """A lane will have no worker again, or none for a while."""
         self.living -= 1
         if not self.living:
             self.problem = lane.problem
         self._alive.set()  # whoever waits for a first worker should learn that there may be none
         self.on_lost(lane, None)
+
+    def on_tried_again(self) -> None:
+        """A lane that was given up will have a worker."""
+        self.living += 1
+        self.problem = None
 
     def on_end(self) -> None:
         """A worker has died."""
@@ -279,25 +326,24 @@ class Lanes:
 
         Where nothing answers yet all load at once, else one after the other, to leave the cores to the requests.
         """
-        if self.problem:
-            raise ArtifactError(self.problem)
         self._keys += 1
         mounted = Mounted(self._keys, served, root, BatchTimes())
-        await self._alive.wait()
-        if self.problem:
-            raise ArtifactError(self.problem)
-        lanes = [lane for lane in self.all if lane.alive]
         self.wanted.add(mounted.key)
         try:
-            if self.mounted:
-                for lane in lanes:
-                    await lane.load(mounted)
-            else:
-                await asyncio.gather(*(lane.load(mounted) for lane in lanes))
+            while not any(mounted.key in lane.keys for lane in self.all):  # who has loaded it may be gone since
+                lanes = await self._some_alive()
+                if self.mounted:
+                    for lane in lanes:
+                        await self._prove(lane, mounted)
+                else:
+                    await asyncio.gather(*(self._prove(lane, mounted) for lane in lanes))
         except ArtifactError:
             self._drop(mounted)
             raise
+        finally:
+            self._excused.discard(mounted.key)
         self.mounted[mounted.key] = mounted
+        self._versions.begin(served.name, str(served.version))
         for lane in self.all:  # one that came up meanwhile found nothing to load
             if lane.alive and mounted.key not in lane.keys:
                 try:
@@ -306,9 +352,40 @@ class Lanes:
                     _log.error("worker %d cannot load what the others have: %s", lane.number, problem)
         return mounted
 
+    async def _some_alive(self) -> list[Lane]:
+        """Those whose worker listens: one at least. Raises ArtifactError where there will be none."""
+        if self.background:  # a switch waits ever longer before it asks again for what was refused
+            for lane in self.all:
+                lane.wake()
+        while True:
+            if self._closing or (self.problem and not self.background):
+                raise ArtifactError(self.problem or "the server is shutting down")
+            if alive := [lane for lane in self.all if lane.alive]:
+                return alive
+            self._alive.clear()
+            await self._alive.wait()
+
+    async def _prove(self, lane: Lane, mounted: Mounted) -> None:
+        """Load a version into one worker. Raises ArtifactError.
+
+        Anything may kill a worker once: the next one in its place tries again. A second death is the version's fault.
+        A worker that is gone before its turn comes tells nothing; the next one loads what is mounted by then.
+        """
+        while lane.alive:
+            try:
+                await lane.load(mounted)
+            except _Died:
+                if self._closing or mounted.key in self._excused or mounted.key not in self.wanted:
+                    raise
+                self._excused.add(mounted.key)
+                await lane.complete(self.options.load_timeout_s)
+            else:
+                return
+
     def unmount(self, mounted: Mounted) -> None:
         """Let every worker forget a version."""
-        self.mounted.pop(mounted.key, None)
+        if self.mounted.pop(mounted.key, None) is not None:
+            self._versions.end(mounted.served.name, str(mounted.served.version))
         self._drop(mounted)
 
     def _drop(self, mounted: Mounted) -> None:
@@ -318,13 +395,6 @@ class Lanes:
 
     async def close(self, timeout_s: float) -> None:
         """End every worker."""
+        self._closing = True
+        self._alive.set()
         await asyncio.gather(*(lane.close(timeout_s) for lane in self.all))
-
-
-def _end(process: subprocess.Popen[bytes], timeout_s: float) -> int:
-    """Wait for the process to end, and kill it after the timeout; its exit code."""
-    try:
-        return process.wait(timeout_s)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        return process.wait()

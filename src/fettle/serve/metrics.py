@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter as Numbers
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
@@ -14,6 +15,8 @@ from fettle.serve.tallies import Count, Counts, Spread, Spreads
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _VERSION = ("model", "version")
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
+# A scrape must find a version's last counts after it has gone, and costs some 50 lines of text for each.
+_GONE_VERSIONS = 8
 _DIFFERENCES = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.1, 1.0, 10.0)
 
 
@@ -54,8 +57,8 @@ class Metrics:
             "fettle_switches", "Loads of a version, by result (ok or failed).", ("result",), registry=registry
         )
         self.ready = Gauge("fettle_ready", "1 where the server would take traffic.", registry=registry)
-        self._versions = _Versions()
-        registry.register(self._versions)
+        self._answering = _Answering()
+        registry.register(self._answering)
         self._of_version = Counts(
             "fettle_model_requests", "Requests that a version answered or refused, by status.",
             (*_VERSION, "code"), registry=registry,
@@ -65,6 +68,9 @@ class Metrics:
             ("model", "variant", "version"), registry=registry,
         )  # fmt: skip
         self.shadow = ShadowMetrics(registry)
+        by_version = self.queue_seconds, self.inference_seconds, self.batch_rows, self.shed
+        shadow = self.shadow.requests, self.shadow.rows, self.shadow.difference
+        self.versions = VersionSeries(by_version, (*by_version, self._of_version, self._assigned, *shadow))
         self._in_hand = _InHand()
         registry.register(self._in_hand)
         self._queued = Gauge("fettle_queue_rows", "Rows that wait for a worker.", registry=registry)
@@ -85,7 +91,7 @@ class Metrics:
         jobs: how many of each model and version wait or are with a worker.
         versions: model, version, digest, runtime and precision of each that answers.
         """
-        self._versions.read = versions
+        self._answering.read = versions
         self._in_hand.read = jobs
         self._queued.set_function(queued_rows)
         self.in_flight.set_function(in_flight)
@@ -109,14 +115,44 @@ class Metrics:
         """Count a choice among several variants."""
         self._assigned.labels(model, variant, version).inc()
 
-    def begin(self, model: str, version: str) -> None:
-        """A version will answer: a series that begins at 0 shows its first event."""
-        for metric in (self.queue_seconds, self.inference_seconds, self.batch_rows, self.shed):
-            metric.labels(model, version)
-
     def render(self) -> bytes:
         """The text exposition format."""
         return generate_latest(self.registry)
+
+
+class VersionSeries:
+    """Which versions have series: those in the workers, and the latest that were. Else they grew with each promotion.
+
+    begun: families that have a series of each version from its first moment: from 0 its first event is seen. every:
+    all families with the labels model and version.
+    """
+
+    def __init__(self, begun: Iterable[Counts | Spreads], every: Iterable[Counts | Spreads]) -> None:
+        self._begun = tuple(begun)
+        self._every = tuple(every)
+        self._here: Numbers[tuple[str, str]] = Numbers()
+        self._gone: dict[tuple[str, str], None] = {}  # in the order in which they went
+
+    def begin(self, model: str, version: str) -> None:
+        """A version was loaded, perhaps once more: what it counted before goes on."""
+        self._here[model, version] += 1
+        self._gone.pop((model, version), None)
+        for family in self._begun:
+            family.labels(model, version)
+
+    def end(self, model: str, version: str) -> None:
+        """A version has left the workers, as often as it was loaded; its last request has ended."""
+        one = model, version
+        self._here[one] -= 1
+        if self._here[one] > 0:
+            return
+        del self._here[one]
+        self._gone[one] = None
+        if len(self._gone) > _GONE_VERSIONS:
+            del self._gone[next(iter(self._gone))]
+            known = self._here.keys() | self._gone.keys()
+            for family in self._every:
+                family.keep(known)
 
 
 class ShadowMetrics:
@@ -140,7 +176,7 @@ class ShadowMetrics:
         )
 
 
-class _Versions(Collector):
+class _Answering(Collector):
     """The versions that answer, as they are when asked for."""
 
     def __init__(self) -> None:

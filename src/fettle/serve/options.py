@@ -62,7 +62,9 @@ class ServeOptions:
         for so long is left.
     request_timeout_s: from the body's arrival to the answer, else 504; a client may ask for less with the header
         X-Request-Timeout-Ms. What could not be answered in time is refused at once with 429.
-    worker_timeout_s: a worker that is silent for so long in one batch is ended and replaced.
+    worker_timeout_s: a worker that is silent for so long in one batch is ended and replaced; load_timeout_s: likewise
+        one that has not loaded and proven a version by then, which takes longer than any batch where an engine
+        compiles.
     grace_s: after SIGTERM readiness is 503 but requests are served for so long, until the load balancer has noticed.
     drain_timeout_s: after the grace, how long running requests may take to end.
     poll_s: how often the source is asked for its version; retry_s: first wait before a bad version is tried again,
@@ -101,6 +103,7 @@ class ServeOptions:
     body_timeout_s: float = 30.0
     request_timeout_s: float = 30.0
     worker_timeout_s: float = 60.0
+    load_timeout_s: float = 600.0
     grace_s: float = 0.0
     drain_timeout_s: float = 30.0
     poll_s: float = 0.25
@@ -158,5 +161,5 @@ _AT_LEAST_ONE = (
 )  # fmt: skip
 _SECONDS = (
     "promise_s", "idle_timeout_s", "header_timeout_s", "body_timeout_s", "request_timeout_s", "worker_timeout_s",
-    "grace_s", "drain_timeout_s", "poll_s", "retry_s", "log_flush_s",
+    "load_timeout_s", "grace_s", "drain_timeout_s", "poll_s", "retry_s", "log_flush_s",
 )  # fmt: skip

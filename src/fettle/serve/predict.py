@@ -1,18 +1,13 @@
-"""`POST /predict`: images in, classes with probabilities out, for people and programs that speak no tensor protocol."""
+"""`POST /predict`, as the front sees it: images in, for people and programs that speak no tensor protocol."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import msgspec
-import numpy as np
 
-from fettle.core.signature import ImagePreprocess
-from fettle.serve.answer import Answer
 from fettle.serve.jobs import Result
-from fettle.serve.model import ModelFault, Served
 from fettle.serve.multipart import boundary_of, files_in
 from fettle.serve.protocol import decode
 from fettle.serve.refusal import Refusal, quote
@@ -84,31 +79,3 @@ def images_in(body: bytes, content_type: str) -> tuple[list[ImageIn], bool]:
     if kind.startswith("image/"):
         return [ImageIn(body, encoded=False)], False
     raise Refusal(415, f"Content-Type must be application/json, multipart/form-data or image/*, got {quote(kind)}")
-
-
-def image_spec(model: Served) -> ImagePreprocess:
-    """How this model wants its images. Raises Refusal 422 where it takes none."""
-    spec = model.signature.image
-    if spec is None or not model.classifies:
-        raise Refusal(422, f"this model does not classify images: send tensors to /v2/models/{model.name}/infer")
-    return spec
-
-
-def format_prediction(answer: Answer, *, model: Served, request_id: str) -> dict[str, Any]:
-    """The most probable class of a one-row answer. `class` is null where the artifact names no classes."""
-    if answer.probabilities is None:
-        raise ModelFault("the model gave no class scores")
-    row = answer.probabilities[0]
-    if not np.isfinite(row).all():
-        raise ModelFault("the model answered NaN or infinity, which is no probability")
-    index = int(row.argmax())
-    classes = model.signature.classes
-    return {
-        "model": model.name,
-        "version": model.version,
-        "request_id": request_id,
-        "class": classes[index] if index < len(classes) else None,
-        "index": index,
-        "confidence": float(row[index]),
-        "probabilities": row.tolist(),
-    }

@@ -44,6 +44,7 @@ from fettle.serve.traffic import Declared, declared
 
 if TYPE_CHECKING:
     from fettle.serve.rpc.server import RpcServer
+    from fettle.serve.tls import Certificates
     from fettle.serve.tracing import Tracing
 
 _log = logging.getLogger("fettle.serve")
@@ -165,7 +166,7 @@ class Service:
     ) -> None:
         self._tracing = _tracing() if options.trace else None
         traffics = declared(models)
-        tls, keys = tls_of(options), keys_of(options)
+        self._certificates, keys = tls_of(options), keys_of(options)
         sockets = sockets_of(options)
         options = _within_descriptors(options)
         self._options = options
@@ -211,10 +212,11 @@ class Service:
                 bound.close()
             raise
         self._show(metrics)
+        tls = None if self._certificates is None else self._certificates.context
         self._ports = [
             Port(bound, one, options=options, tls=tls) for bound, one in zip(sockets, applications, strict=True)
         ]
-        self._sweeper: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
 
     def _show(self, metrics: Metrics) -> None:
         """What is read when metrics are asked for."""
@@ -239,7 +241,7 @@ class Service:
             raise missing_extra("a gRPC port", problem) from None
         calls = Calls(models=self.models, health=self._health, inference=inference)
         return RpcServer(
-            options=options, application=make(routes=calls), calls=calls, credentials=credentials_of(options)
+            options=options, application=make(routes=calls), calls=calls, credentials=credentials_of(self._certificates)
         )
 
     @property
@@ -263,7 +265,9 @@ class Service:
         if self._shadow is not None:
             self._shadow.start()
         self.models.start()
-        self._sweeper = self._loop.create_task(self._sweep())
+        self._tasks.append(self._loop.create_task(self._sweep()))
+        if self._certificates is not None:
+            self._tasks.append(self._loop.create_task(self._follow(self._certificates)))
 
     async def drain(self) -> bool:
         """End in the order of this module's docstring. False where work was left undone."""
@@ -292,8 +296,8 @@ class Service:
             clean &= await asyncio.to_thread(self._log.close, options.drain_timeout_s)
         if self._tracing is not None and not await self._tracing.close(_TRACES_END_S):
             _log.warning("the collector did not take the last traces within %g s: they are lost", _TRACES_END_S)
-        if self._sweeper is not None:
-            self._sweeper.cancel()
+        for task in self._tasks:
+            task.cancel()
         _log.info("ended %s", "cleanly" if clean else "with work undone")
         return clean
 
@@ -321,6 +325,12 @@ class Service:
             await asyncio.sleep(_SWEEP_S)
             for port in self._ports:
                 port.connections.sweep()
+
+    async def _follow(self, certificates: Certificates) -> None:
+        """Take renewed certificates; the files are read on a thread, for a disk may be slow."""
+        while True:
+            await asyncio.sleep(self._options.poll_s)
+            await asyncio.to_thread(certificates.refresh)
 
     async def _settle(self) -> None:
         """Wait until no accepted connection is likely to bring another request."""

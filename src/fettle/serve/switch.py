@@ -119,7 +119,6 @@ class Switch:
         self._retry.forget()
         self._metrics.switches.labels("ok").inc()
         now = model.served
-        self._metrics.begin(now.name, str(now.version))
         was = before.served.version if before else "nothing"
         fields = about(model=now.name, version=now.version)
         _log.info("%s:%d answers now, before it %s", now.name, now.version, was, extra=fields)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import Generic, TypeVar
 
 from prometheus_client import CollectorRegistry
@@ -72,6 +72,13 @@ class _Family(Collector, ABC, Generic[T]):
             assert len(values) == len(self._labels), f"{self._name} has the labels {self._labels}, got {values}"
             found = self._by_values[values] = self._make()
         return found
+
+    def keep(self, known: Container[tuple[str, str]]) -> None:
+        """Forget the tallies of each model and version, two of the labels, that is not among these."""
+        model, version = self._labels.index("model"), self._labels.index("version")
+        for values in list(self._by_values):
+            if (values[model], values[version]) not in known:
+                del self._by_values[values]
 
     def collect(self) -> Iterator[Metric]:
         """For the registry."""

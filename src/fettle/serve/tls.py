@@ -1,11 +1,19 @@
-"""HTTPS from files: the server's certificate, and the authority that clients' certificates must come from."""
+"""HTTPS from files: the server's certificate, and the authority that clients' certificates must come from.
+
+Renewed files are taken while the server runs, as certbot and cert-manager expect.
+"""
 
 from __future__ import annotations
 
+import logging
 import ssl
+from dataclasses import dataclass
 from pathlib import Path
 
 from fettle.core.errors import UsageError
+from fettle.core.files import state_of
+
+_log = logging.getLogger("fettle.serve")
 
 
 def server_context(certificate: Path, key: Path, client_ca: Path | None = None) -> ssl.SSLContext:
@@ -30,6 +38,71 @@ def server_context(certificate: Path, key: Path, client_ca: Path | None = None) 
             raise UsageError(f"the TLS client CA {client_ca} must hold certificates in PEM") from None
         context.verify_mode = ssl.CERT_REQUIRED
     return context
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What the files held at one moment, for two implementations of TLS: a context, and PEM.
+
+    client_ca: None where clients need no certificate.
+    """
+
+    context: ssl.SSLContext
+    key: bytes
+    certificate: bytes
+    client_ca: bytes | None
+
+
+class Certificates:
+    """The TLS files of a running server, followed; what cannot be used changes nothing.
+
+    latest: what new handshakes use; connections that are open keep what they have. context: for listeners, for as long
+    as they live: it hands each handshake on to the latest one, so that no handshake ever sees half of a change.
+    Raises UsageError, like `server_context`, where the files cannot be used at first.
+    """
+
+    def __init__(self, certificate: Path, key: Path, client_ca: Path | None = None) -> None:
+        self._certificate, self._key, self._client_ca = certificate, key, client_ca
+        self._seen = self._used = self._state()
+        self.latest = self._load()
+        self.context = self.latest.context
+        self.context.sni_callback = self._hand_on  # called for each handshake, with and without a name
+
+    def refresh(self) -> None:
+        """Look at the files, and take them where they are others than before. Blocks: call it from a thread."""
+        state = self._state()
+        if state == self._used:
+            return
+        if state != self._seen:  # a pair is two files: the other may not be there yet, so not before the next look
+            self._seen = state
+            return
+        found, problem = None, None
+        try:
+            found = self._load()
+        except (UsageError, OSError) as error:
+            problem = error
+        if self._state() != state:
+            return
+        self._used = state
+        if found is None:
+            _log.error("the TLS certificate stays as it was: %s", problem)
+            return
+        self.latest = found
+        _log.info("the TLS certificate was read again")
+
+    def _hand_on(self, connection: ssl.SSLSocket | ssl.SSLObject, name: str | None, context: ssl.SSLContext) -> None:
+        connection.context = self.latest.context
+
+    def _load(self) -> Loaded:
+        return Loaded(
+            server_context(self._certificate, self._key, self._client_ca),
+            self._key.read_bytes(),
+            self._certificate.read_bytes(),
+            None if self._client_ca is None else self._client_ca.read_bytes(),
+        )
+
+    def _state(self) -> list[tuple[int, ...] | None]:
+        return [state_of(path) for path in (self._certificate, self._key, self._client_ca) if path is not None]
 
 
 def load_certificate(context: ssl.SSLContext, certificate: Path, key: Path) -> None:

@@ -2,12 +2,14 @@
 
 What gRPC brings of its own is turned into what the application knows: metadata into headers, the client's deadline into
 X-Request-Timeout-Ms, a cancelled call into a client that has gone. Limits are those of HTTP where both have them.
+Whether a call is let in is decided by its metadata, before its message is read: whoever has no key sends none.
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -51,18 +53,8 @@ class RpcServer:
         assert options.grpc_port is not None
         self._application = application
         self._server = grpc.aio.server(options=_limits(options), maximum_concurrent_rpcs=options.max_connections)
-        self._server.add_generic_rpc_handlers(
-            tuple(
-                grpc.method_handlers_generic_handler(
-                    service,
-                    {
-                        method: grpc.unary_unary_rpc_method_handler(partial(self._call, f"/{service}/{method}"))
-                        for method in methods
-                    },
-                )
-                for service, methods in calls.services.items()
-            )
-        )
+        methods = frozenset(f"/{service}/{method}" for service, found in calls.services.items() for method in found)
+        self._server.add_generic_rpc_handlers((_Entrance(methods, self._enter),))
         self.address = self._bind(options.host, options.grpc_port, credentials)
         self._refusing = False
 
@@ -106,8 +98,23 @@ class RpcServer:
             raise UsageError(f"cannot listen on {wanted} for gRPC: the address is in use or not of this machine")
         return f"{where}:{bound}"
 
-    async def _call(self, path: str, content: bytes, context: Any) -> bytes:
-        request = Request("POST", path, _headers_of(context))
+    def _enter(self, path: str, metadata: Iterable[tuple[str, str | bytes]]) -> grpc.RpcMethodHandler:
+        """How to go on with a call of which nothing but the metadata is read."""
+        request = Request("POST", path, _headers_of(metadata))
+        try:
+            self._application.begin(request)
+        except Refusal as refusal:
+            # As if the client streamed: gRPC reads the message of any other call before it asks us.
+            return grpc.stream_unary_rpc_method_handler(partial(self._refuse, request, refusal))
+        return grpc.unary_unary_rpc_method_handler(partial(self._call, request))
+
+    async def _refuse(self, request: Request, refusal: Refusal, _: Any, context: Any) -> None:
+        self._application.refused(request, refusal)
+        response = Response.refused(refusal)
+        await context.abort(code_of(response.status), _message_of(response), _trailing_of(request, response))
+
+    async def _call(self, request: Request, content: bytes, context: Any) -> bytes:
+        _heed_deadline(request, context)
         request.body = content
         answered: asyncio.Future[Response] = asyncio.get_running_loop().create_future()
 
@@ -115,11 +122,8 @@ class RpcServer:
             if not answered.done():
                 answered.set_result(response)
 
-        try:
-            self._application.begin(request)
-            if self._refusing:
-                raise Refusal(503, "the server is shutting down", retry_after_s=1)
-        except Refusal as refusal:
+        if self._refusing:
+            refusal = Refusal(503, "the server is shutting down", retry_after_s=1)
             self._application.refused(request, refusal)
             respond(Response.refused(refusal))
         else:
@@ -137,6 +141,22 @@ class RpcServer:
         return response.body
 
 
+class _Entrance:
+    """A GenericRpcHandler, which gRPC asks when a call begins. methods: their paths; gRPC itself refuses all others."""
+
+    def __init__(
+        self,
+        methods: frozenset[str],
+        enter: Callable[[str, Iterable[tuple[str, str | bytes]]], grpc.RpcMethodHandler],
+    ) -> None:
+        self._methods = methods
+        self._enter = enter
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
+        path = handler_call_details.method
+        return self._enter(path, handler_call_details.invocation_metadata or ()) if path in self._methods else None
+
+
 def _limits(options: ServeOptions) -> list[tuple[str, int]]:
     return [
         ("grpc.so_reuseport", 0),  # else a second server on the same port would take half of the calls
@@ -152,19 +172,22 @@ def _limits(options: ServeOptions) -> list[tuple[str, int]]:
     ]
 
 
-def _headers_of(context: Any) -> dict[str, str]:
-    """The call's metadata, and its deadline where that is sooner than a time that the metadata says."""
+def _headers_of(metadata: Iterable[tuple[str, str | bytes]]) -> dict[str, str]:
     headers: dict[str, str] = {}
-    for key, value in context.invocation_metadata() or ():
+    for key, value in metadata:
         if isinstance(value, str) and key not in _OF_TRANSPORT:
             headers[key] = f"{headers[key]}, {value}" if key in headers else value
+    return headers
+
+
+def _heed_deadline(request: Request, context: Any) -> None:
+    """The call's own, where it is sooner than a time that the metadata says."""
     left_s = context.time_remaining()
     if left_s is not None:
         left_ms = max(1, math.ceil(left_s * 1000))
-        said = headers.get(TIMEOUT, "")
+        said = request.headers.get(TIMEOUT, "")
         if not said or (said.isdecimal() and int(said) > left_ms):
-            headers[TIMEOUT] = str(min(left_ms, 10**9 - 1))
-    return headers
+            request.headers[TIMEOUT] = str(min(left_ms, 10**9 - 1))
 
 
 def _trailing_of(request: Request, response: Response) -> tuple[tuple[str, str], ...]:
