@@ -20,12 +20,13 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from harness import Options, Result, finish, make_parser
+from harness import Options, PeerMissing, Result, finish, make_parser
 from serve_claims import claims
 from serve_peers.generators import HOW_TO_GET_WRK
+from serve_peers.open_loop import generator
 from serve_peers.payloads import KINDS
 from serve_peers.systems import build, install_peers
 from serve_tables import tables
@@ -70,6 +71,11 @@ def main(options: ServeBenchOptions) -> int:
     cores = pin(CORES)  # inherited by every server and by the load generators
     load_before = os.getloadavg()[0]
     missing: dict[str, str] = {} if shutil.which("wrk") else {"wrk": HOW_TO_GET_WRK}
+    try:
+        generator()
+    except PeerMissing as problem:
+        missing["open loop"] = str(problem)
+        effort = replace(effort, factors=())
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         competitors = build(folder, kinds=options.payloads, peers=options.peers, missing=missing)

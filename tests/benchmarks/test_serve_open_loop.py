@@ -1,11 +1,13 @@
 import importlib
 import json
+import shutil
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -14,7 +16,10 @@ import pytest
 
 @pytest.fixture
 def open_loop() -> ModuleType:
-    return importlib.import_module("serve_peers.open_loop")
+    module = importlib.import_module("serve_peers.open_loop")
+    if shutil.which("cc") is None:
+        pytest.skip("the generator needs a C compiler")
+    return module
 
 
 class Answer(BaseHTTPRequestHandler):
@@ -138,3 +143,12 @@ def test_nobody_listening_is_broken_not_an_exception(open_loop: ModuleType) -> N
 def test_a_rate_at_which_nothing_is_due_is_an_empty_load(open_loop: ModuleType) -> None:
     load, samples = run(open_loop, [{}], rate_per_s=1e-9)
     assert (load.sent, accounted(load), samples) == (0, 0, [])
+
+
+def test_without_a_compiler_it_is_missing_and_says_what_to_install(
+    open_loop: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(open_loop, "PEERS", tmp_path)
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(open_loop.PeerMissing, match="apt-get install -y gcc"):
+        open_loop.generator()
