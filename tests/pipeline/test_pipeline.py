@@ -16,6 +16,8 @@ from fettle.testing.models import CASES
 
 EAGER = ("eager",)
 ORT = ("onnxruntime",)
+# What slack buys depends on measured times, and so on what else the machine does.
+NO_SLACK = fettle.Budget(max_drop=0.1, slack=0.0)
 NULL = ("null",)  # quantizes as every other, and exports nothing: for tests that do not look at answers
 
 
@@ -52,6 +54,7 @@ def go(tmp_path):
             "runtimes": EAGER,
             "home": tmp_path / "home",
             "register": False,
+            "budget": fettle.Budget(slack=0.0),
         }
         return optimize(model, CASES[case].data(rows=1), **{**keywords, **changes})
 
@@ -78,7 +81,7 @@ def whole(tmp_path_factory):
         validation=loader("validation", 1),
         train=loader("train", 2),
         test=loader("test", 3),
-        budget=fettle.Budget(max_drop=0.1),
+        budget=NO_SLACK,
         classes=("a", "b", "c", "d"),
         name="mlp",
         runtimes=ORT,
@@ -170,7 +173,7 @@ def test_the_same_work_gives_the_same_digests(whole, tmp_path):
         CASES["mlp"].data(rows=1),
         validation=rows(mlp(), seed=1),
         train=rows(mlp(), seed=2),
-        budget=fettle.Budget(max_drop=0.1),
+        budget=NO_SLACK,
         classes=("a", "b", "c", "d"),
         name="other-name",
         runtimes=ORT,
@@ -268,10 +271,7 @@ def test_several_inputs_and_outputs(go, case):
     outcome = go(case=case, runtimes=ORT)
     assert not outcome.comparison.failed
     labels = {trial.candidate.label for trial in outcome.candidates}
-    # Whether a layer in float is worth its time is measured: it may be one more candidate.
-    assert labels - {"int8 with float layers in onnxruntime"} == {
-        "float in eager", "int8 in onnxruntime", "float in onnxruntime",
-    }  # fmt: skip
+    assert labels == {"float in eager", "int8 in onnxruntime", "float in onnxruntime"}
     inputs = [x.numpy() for x in CASES[case].data(rows=7, seed=9)]
     expected = CASES[case].build()(*(torch.from_numpy(x) for x in inputs))
     expected = expected if isinstance(expected, tuple) else (expected,)

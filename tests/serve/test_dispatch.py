@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from fettle.core.signature import Signature, TensorSpec
 from fettle.serve import wire
+from fettle.serve.dispatch import _AIM as AIM
 from fettle.serve.dispatch import Dispatcher
 from fettle.serve.fit import BatchTimes
 from fettle.serve.jobs import Job, Result
@@ -580,8 +581,8 @@ def test_a_deadline_that_cannot_be_met_is_refused_at_once():
             bench.submit(number, model=model)
         # Two batches of one row run, four full ones wait for two lanes, and then comes its own.
         wait_s = (2 * 21.0 + 4 * 28.0) / 2 + 28.0
-        assert refused(bench, model, within_s=wait_s / 0.9 + 1) is None
-        late = refused(bench, model, within_s=(wait_s - 9.5) / 0.9)
+        assert refused(bench, model, within_s=wait_s / AIM + 1) is None
+        late = refused(bench, model, within_s=(wait_s - 9.5) / AIM)
         assert (late.status, late.headers) == (429, {"retry-after": "10"})
         assert b'fettle_requests_shed_total{model="m",version="1"} 1.0' in bench.metrics.render()
         await bench.finish_all()
@@ -606,8 +607,8 @@ def test_each_version_that_waits_is_counted_with_its_own_times():
         before_s = (2 * 0.21 + 2 * 28.0 + 2 * 0.28) / 2
         for model, own_s in ((slow, 28.0), (quick, 0.28), (mounted(3, times=[(1, 5.0)]), 5.0)):
             wait_s = before_s + own_s
-            assert refused(bench, model, within_s=wait_s / 0.9 + 0.2) is None
-            assert refused(bench, model, within_s=(wait_s - 0.5) / 0.9).status == 429
+            assert refused(bench, model, within_s=wait_s / AIM + 0.2) is None
+            assert refused(bench, model, within_s=(wait_s - 0.5) / AIM).status == 429
         await bench.finish_all()
 
     play(scene, lanes=2)
@@ -1127,7 +1128,7 @@ def test_the_wait_that_is_told_is_at_least_a_second():
         model = mounted(times=[(1, 3.0), (2, 3.5)])
         bench.submit("busy", model=model)
         await turn()
-        assert refused(bench, model, within_s=6.0 / 0.9 - 0.1).headers["retry-after"] == "1"
+        assert refused(bench, model, within_s=6.0 / AIM - 0.1).headers["retry-after"] == "1"
         await bench.finish_all()
 
     play(scene)

@@ -21,7 +21,8 @@ def in_another_process(code: str) -> str:
 def test_the_front_keeps_its_niceness_and_a_worker_comes_behind_it():
     code = (
         "import os; from fettle.serve import priority as p; now = lambda: os.getpriority(os.PRIO_PROCESS, 0); "
-        "start = now(); p.be_prompt(); front = now(); p.come_second(); print(front - start, now() - start)"
+        "start = now(); p.Promptness().refused(0.0); front = now(); p.come_second(); "
+        "print(front - start, now() - start)"
     )
     niceness = min(os.getpriority(os.PRIO_PROCESS, 0) + 5, 19) - os.getpriority(os.PRIO_PROCESS, 0)
     assert in_another_process(code) == f"0 {niceness}"
@@ -33,6 +34,23 @@ def test_the_slice_is_taken():
     if found == "False False":
         pytest.skip("this system refuses sched_setattr")
     assert found == "True True"
+
+
+def test_the_front_is_prompt_while_it_refuses_and_a_second_longer(monkeypatch):
+    asked = []
+    monkeypatch.setattr(priority, "_ask_slice", asked.append)
+    prompt = priority.Promptness()
+    prompt.look(5.0)
+    assert asked == []
+    prompt.refused(10.0)
+    prompt.refused(10.5)
+    prompt.look(11.4)
+    assert asked == [100_000]
+    prompt.look(11.6)
+    prompt.look(20.0)
+    assert asked == [100_000, 0]
+    prompt.refused(30.0)
+    assert asked == [100_000, 0, 100_000]
 
 
 @pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="asked of Linux only")

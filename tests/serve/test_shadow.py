@@ -10,7 +10,7 @@ import time
 import pytest
 from pyarrow import parquet
 
-from fettle.serve import lanes
+from fettle.serve import process
 from fettle.serve.source import FolderSource
 from fettle.serve.traffic import Traffic, Variant
 
@@ -23,7 +23,7 @@ PNG = {"content-type": "image/png"}
 def pids(monkeypatch):
     """Process ids of the shadow's workers, which keep their priority: on a busy machine they would wait for all."""
     found = []
-    monkeypatch.setattr(lanes, "give_way", found.append)
+    monkeypatch.setattr(process, "give_way", found.append)
     return found
 
 

@@ -21,6 +21,7 @@ from fettle.serve.jobs import Job, Queue, Result
 from fettle.serve.lanes import Lane, Lanes, Mounted
 from fettle.serve.metrics import Metrics
 from fettle.serve.options import ServeOptions
+from fettle.serve.priority import Promptness
 from fettle.serve.refusal import Refusal
 
 _log = logging.getLogger("fettle.serve")
@@ -46,6 +47,7 @@ class Dispatcher:
         self._closed = False
         self._sweeper: asyncio.Task[None] | None = None
         self._margin = Margin()
+        self._promptness = Promptness()
         self._estimate_s = 0.0  # of the latest admission, which is that of the jobs that are submitted next
         self._ends: dict[int, float] = {}  # when the batch that runs in a lane is expected to end
         lanes.on_done, lanes.on_lost, lanes.on_idle = self._done, self._lost, lambda _: self._wake()
@@ -127,6 +129,7 @@ class Dispatcher:
         return before_s / max(1, self._lanes.living) + own_s
 
     def _shed(self, model: Mounted) -> None:
+        self._promptness.refused(time.monotonic())
         self._metrics.shed.labels(model.served.name, str(model.served.version)).inc()
 
     def submit(self, jobs: Sequence[Job]) -> None:
@@ -305,6 +308,7 @@ class Dispatcher:
                     lane.busy_since = now
                     lane.kill()
             self._forget_retired()
+            self._promptness.look(now)
             self._wake()
 
     def _forget_retired(self) -> None:

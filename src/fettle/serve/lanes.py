@@ -25,7 +25,6 @@ from fettle.serve.logs import LOG_FORMAT
 from fettle.serve.metrics import Metrics
 from fettle.serve.model import Served
 from fettle.serve.options import ServeOptions
-from fettle.serve.priority import give_way
 from fettle.serve.process import end_process, start_process
 
 _log = logging.getLogger("fettle.serve")
@@ -202,11 +201,10 @@ class Lane(asyncio.Protocol):
     async def _run_worker(self) -> None:
         """Start a worker, bring it what the others have, and wait for its end."""
         self.died_trying = False
-        options = self._lanes.options
+        lanes, options = self._lanes, self._lanes.options
         environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads), LOG_FORMAT: options.log_format}
-        self.process, ours = start_process(COMMAND, environment)
-        if self._lanes.background:
-            give_way(self.process.pid)
+        core = lanes.cores[self.number]
+        self.process, ours = start_process(COMMAND, environment, core=core, background=lanes.background)
         self._lost.clear()
         await asyncio.get_running_loop().create_connection(lambda: self, sock=ours)
         for mounted in list(self._lanes.mounted.values()):
@@ -280,6 +278,7 @@ class Lanes:
     def __init__(self, options: ServeOptions, metrics: Metrics, *, background: bool = False) -> None:
         self.options = options
         self.background = background
+        self.cores = [None] * options.workers if background else options.worker_cores()
         self._versions = metrics.versions
         self._deaths = metrics.shadow.worker_deaths if background else metrics.worker_deaths
         self.mounted: dict[int, Mounted] = {}

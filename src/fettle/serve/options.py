@@ -48,6 +48,7 @@ class ServeOptions:
     host, port: an IP address and a port; port 0 takes a free one. grpc_port: of gRPC, None for no such port.
     threads: threads inside one inference; workers: processes, and so inferences at the same time, by default one for
         each core, and at most two on a GPU.
+    pin_workers: keep each worker to a core of its own, where there are as many workers of one thread as cores.
     max_batch_rows: most rows in one inference; max_queue_rows, max_queue_bytes: rows, and bytes of
         requests, that may wait; more are refused with 429.
     max_body_bytes: larger bodies are refused with 413, before they are read.
@@ -89,6 +90,7 @@ class ServeOptions:
     grpc_port: int | None = None
     threads: int = 1
     workers: int = field(default_factory=default_workers)
+    pin_workers: bool = True
     max_batch_rows: int = 32
     max_queue_rows: int = 1024
     max_queue_bytes: int = 256 * 2**20
@@ -153,6 +155,17 @@ class ServeOptions:
             raise UsageError(
                 f"max_queue_rows must be at least max_batch_rows, got {self.max_queue_rows} < {self.max_batch_rows}"
             )
+
+    def worker_cores(self) -> list[int | None]:
+        """The core of each worker, None for any.
+
+        Free workers share a core now and then while the other is idle, for the scheduler looks for such a core only
+        where it has been idle for long. With fewer workers than cores, or more, it knows better.
+        """
+        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+        if self.pin_workers and self.threads == 1 and len(cores) == self.workers:
+            return list(cores)
+        return [None] * self.workers
 
 
 _AT_LEAST_ONE = (

@@ -1,18 +1,26 @@
-"""A worker's process: started with a socket to talk over, and ended."""
+"""A worker's process: started with a socket to talk over, kept to a core, and ended."""
 
 from __future__ import annotations
 
+import logging
+import os
 import socket
 import subprocess
 from collections.abc import Mapping, Sequence
 
+from fettle.serve.priority import give_way
+
+_log = logging.getLogger("fettle.serve")
 _BUFFER_BYTES = 2**20
 
 
 def start_process(
-    command: Sequence[str], environment: Mapping[str, str]
+    command: Sequence[str], environment: Mapping[str, str], *, core: int | None, background: bool
 ) -> tuple[subprocess.Popen[bytes], socket.socket]:
-    """The process, and our end of the socket; the descriptor of its end is put behind the command. Raises OSError."""
+    """The process, and our end of the socket; the descriptor of its end is put behind the command. Raises OSError.
+
+    core: the only one it runs on, None for any. background: it takes what time others leave.
+    """
     ours, theirs = socket.socketpair()
     with theirs:
         for end in (ours, theirs):
@@ -26,7 +34,19 @@ def start_process(
         except OSError:
             ours.close()
             raise
+    if core is not None:
+        keep_to_core(process.pid, core)
+    if background:
+        give_way(process.pid)
     return process, ours
+
+
+def keep_to_core(pid: int, core: int) -> None:
+    """Let a process run on this core only; threads that it starts from now on likewise."""
+    try:
+        os.sched_setaffinity(pid, {core})
+    except OSError as problem:  # it has ended already, or the core was taken away
+        _log.warning("process %d runs on any core: %s", pid, problem)
 
 
 def end_process(process: subprocess.Popen[bytes], timeout_s: float) -> int:

@@ -37,7 +37,6 @@ from fettle.serve.models import Catalogue, Models
 from fettle.serve.observations import ObservationLog
 from fettle.serve.options import ServeOptions
 from fettle.serve.port import Port
-from fettle.serve.priority import be_prompt
 from fettle.serve.routes import Routes, server_version
 from fettle.serve.shadow import Shadow
 from fettle.serve.traffic import Declared, declared
@@ -88,7 +87,6 @@ def serve(
     thread.
     """
     _spare_collections()
-    be_prompt()
 
     async def run() -> int:
         stop = _stopped_by_signals()

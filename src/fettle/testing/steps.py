@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch.export import ExportedProgram
 
-from fettle.compress.capture import export_program
+from fettle.compress.capture import capture, export_program
 from fettle.compress.step import Context, Step, Tensors
 from fettle.core import codec, plugins
 from fettle.core.recipe import StepSpec
@@ -41,6 +41,16 @@ def context_for(case: Case, *, seed: int = 0, batches: int = 4) -> Context:
 
     calibration: Iterator[Tensors] = (case.data(rows=32, seed=100 + batch) for batch in range(batches))
     return Context(example=case.data(rows=1), calibration=calibration, train=labelled, seed=seed)
+
+
+def captured(case: Case) -> torch.fx.GraphModule:
+    """A copy of the graph of the case's model, captured once in a process: for what does not depend on the capture."""
+    return capture(_captured(case), case.data(rows=2))
+
+
+@functools.cache
+def _captured(case: Case) -> torch.fx.GraphModule:
+    return capture(case.build(), case.data(rows=2))
 
 
 def apply(step: Step, case: Case, model: torch.nn.Module) -> torch.nn.Module:

@@ -17,7 +17,7 @@ from fettle.compress.quantize.wide_sums import WideSums
 from fettle.compress.step import Context
 from fettle.core.errors import DataError, UsageError
 from fettle.testing.models import CASES
-from fettle.testing.steps import answers, context_for
+from fettle.testing.steps import answers, captured, context_for
 
 STEPS = (BiasCorrection(), AdaRound(), WideSums(), GiveBack())
 NAMES = ("residual", "grouped", "norm_first", "conv1d", "same_padding", "tied_weights", "two_inputs")
@@ -25,7 +25,7 @@ NAMES = ("residual", "grouped", "norm_first", "conv1d", "same_padding", "tied_we
 
 def quantized(name, **options):
     case = CASES[name]
-    return PostTraining(**options).apply(case.build(), context_for(case))
+    return PostTraining(**options).apply(captured(case), context_for(case))
 
 
 def error(model, other, data):
@@ -181,7 +181,7 @@ def test_a_layer_to_give_back_must_be_there():
 def test_a_model_that_is_not_quantized_is_refused(step):
     case = CASES["mlp"]
     with pytest.raises(UsageError, match=r"corrects a quantized model, got Sequential: put quantize.post_training"):
-        step.apply(case.build(), context_for(case))
+        step.apply(captured(case), context_for(case))
 
 
 @pytest.mark.parametrize("step", [BiasCorrection(), AdaRound()], ids=lambda step: step.step_name())
@@ -225,7 +225,7 @@ def test_a_channel_whose_weights_have_vanished_keeps_its_bias(size):
 @pytest.mark.parametrize("step", [AdaRound(), BiasCorrection()])
 def test_nan_in_calibration_data_is_refused(step):
     case = CASES["mlp"]
-    quantized = PostTraining().apply(case.build(), context_for(case))
+    quantized = PostTraining().apply(captured(case), context_for(case))
     (x,) = case.data(rows=8)
     x[3, 0] = float("nan")
     with pytest.raises(DataError, match="calibration batch 1 must be finite, got NaN or infinity"):

@@ -17,7 +17,7 @@ from fettle.compress.step import Context, Step
 from fettle.core.errors import CaptureError, DataError, UsageError
 from fettle.testing import steps
 from fettle.testing.models import CASES, FixedBatch
-from fettle.testing.steps import answers, context_for
+from fettle.testing.steps import answers, captured, context_for
 
 every = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
@@ -48,7 +48,7 @@ def sqnr_db(want, have):
 @every
 def test_the_function_stays_the_same(case):
     model, data = case.build(), case.data(rows=5)
-    graph = CrossLayerEqualization().apply(model, context_for(case))
+    graph = CrossLayerEqualization().apply(captured(case), context_for(case))
     for want, have in zip(answers(model, data), answers(graph, data), strict=True):
         torch.testing.assert_close(have, want, atol=2e-6, rtol=1e-5)
 
@@ -58,9 +58,9 @@ def test_layers_keep_their_names_for_the_steps_after(case):
     model = case.build()
     graph = CrossLayerEqualization().apply(model, context_for(case))
     before, after = capture(model, case.data(rows=2)), capture(graph, case.data(rows=2))
-    for captured in (before, after):
-        prepare(captured)
-    named = [[layer_of(node) for node in captured.graph.nodes if node.target in LAYERS] for captured in (before, after)]
+    for each in (before, after):
+        prepare(each)
+    named = [[layer_of(node) for node in each.graph.nodes if node.target in LAYERS] for each in (before, after)]
     assert named[0] == named[1]
 
 
@@ -246,7 +246,7 @@ def test_relu6_is_exact_by_default_and_passed_on_request(generator):
 def test_progress_reaches_one():
     case = CASES["mlp"]
     seen: list[float] = []
-    CrossLayerEqualization().apply(case.build(), replace(context_for(case), progress=seen.append))
+    CrossLayerEqualization().apply(captured(case), replace(context_for(case), progress=seen.append))
     assert seen == sorted(seen)
     assert seen[-1] == 1.0
 
@@ -272,7 +272,7 @@ def test_no_calibration_data_is_read():
         raise AssertionError("data was read")
         yield
 
-    same = CrossLayerEqualization().apply(case.build(), replace(context_for(case), calibration=never()))
+    same = CrossLayerEqualization().apply(captured(case), replace(context_for(case), calibration=never()))
     torch.testing.assert_close(same(*case.data(rows=4)), case.build()(*case.data(rows=4)), atol=1e-4, rtol=1e-4)
 
 
@@ -280,7 +280,7 @@ def test_bad_models_are_refused_and_left_as_they_were():
     case = CASES["mlp"]
     with pytest.raises(CaptureError):
         CrossLayerEqualization().apply(FixedBatch(), Context(example=(torch.ones(2, 8),)))
-    quantized = PostTraining().apply(case.build(), context_for(case))
+    quantized = PostTraining().apply(captured(case), context_for(case))
     with pytest.raises(UsageError, match=r"put it before quantize\.post_training"):
         CrossLayerEqualization().apply(quantized, context_for(case))
     model = case.build()

@@ -16,7 +16,7 @@ from fettle.core.runner import RuntimeBase
 from fettle.runtime._operations import LINEAR_DYNAMIC
 from fettle.testing.models import CASES, LARGE
 from fettle.testing.runtimes import export_case, named_data, seal
-from fettle.testing.steps import answers, similarity
+from fettle.testing.steps import answers, captured, similarity
 
 
 def apply(model, example, **options):
@@ -32,7 +32,7 @@ def dynamic_layers(graph):
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_it_stays_near_float(case):
     model = case.build()
-    small, _ = apply(model, case.data(rows=1), smallest=0)
+    small, _ = apply(captured(case), case.data(rows=1), smallest=0)
     data = case.data(rows=64, seed=3)
     for want, have in zip(answers(model, data), answers(small, data), strict=True):
         assert similarity(want, have) > 0.998
@@ -82,7 +82,7 @@ def test_mistakes_are_refused():
 def test_engines_answer_as_the_simulation(name, kinds, tmp_path):
     case = LARGE["linear"]
     runtime = plugins.load("fettle.runtime", name, RuntimeBase)()
-    small, _ = apply(case.build(), case.data(rows=2), weight_bits=runtime.weight_bits())
+    small, _ = apply(captured(case), case.data(rows=2), weight_bits=runtime.weight_bits())
     signature = export_case(runtime, case, tmp_path / "model", model=small)
     assert kinds <= {node.op_type for node in onnx.load(tmp_path / "model" / "model.onnx").graph.node}
     runner = runtime.load(seal(tmp_path / "model", signature, precision="int8-dynamic"), threads=1)
@@ -95,7 +95,7 @@ def test_engines_answer_as_the_simulation(name, kinds, tmp_path):
 
 def test_seven_bits_stay_within_seven_bits():
     case = LARGE["linear"]
-    graph, _ = apply(case.build(), case.data(rows=2), weight_bits=7)
+    graph, _ = apply(captured(case), case.data(rows=2), weight_bits=7)
     integers = [value for value in graph.buffers() if value.dtype == torch.int8]
     assert integers
     for value in integers:

@@ -15,7 +15,7 @@ from fettle.compress.quantize.half import Half
 from fettle.compress.step import Context
 from fettle.core.errors import DataError, UsageError
 from fettle.testing.models import CASES, LARGE
-from fettle.testing.steps import answers, context_for
+from fettle.testing.steps import answers, captured, context_for
 
 aten = torch.ops.aten
 TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -39,7 +39,7 @@ def apply(model, x, notes=None, **fields):
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("case", [*CASES.values(), *LARGE.values()], ids=lambda case: case.name)
 def test_every_model_answers_nearly_as_before(case, dtype):
-    half = Half(dtype=dtype).apply(case.build(), context_for(case))
+    half = Half(dtype=dtype).apply(captured(case), context_for(case))
     for rows in (1, 16):
         data = case.data(rows=rows, seed=3)
         for want, have in zip(answers(case.build(), data), answers(half, data), strict=True):
@@ -50,7 +50,7 @@ def test_every_model_answers_nearly_as_before(case, dtype):
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("case", [*CASES.values(), *LARGE.values()], ids=lambda case: case.name)
 def test_the_weights_take_half_the_bytes(case, dtype):
-    half = Half(dtype=dtype).apply(case.build(), context_for(case))
+    half = Half(dtype=dtype).apply(captured(case), context_for(case))
     assert {TYPES[dtype]} <= {value.dtype for value in half.state_dict().values()}
     assert bytes_of(half) < 0.6 * bytes_of(case.build())
 
@@ -112,7 +112,7 @@ def test_a_sum_with_a_float_tensor_stays_float():
 
 def test_values_stay_in_16_bits_between_the_layers_of_a_residual_network():
     case = CASES["residual"]
-    graph = Half().apply(case.build(), context_for(case))
+    graph = Half().apply(captured(case), context_for(case))
     for target in (aten.conv2d.default, aten.relu.default, aten.add.Tensor, aten.linear.default):
         assert set(types_of(graph, target)) == {torch.bfloat16}, target
     conversions = [node for node in graph.graph.nodes if node.target == aten._to_copy.default]
@@ -121,7 +121,7 @@ def test_values_stay_in_16_bits_between_the_layers_of_a_residual_network():
 
 def test_norms_and_means_of_a_transformer_stay_float():
     case = CASES["norm_first"]
-    graph = Half().apply(case.build(), context_for(case))
+    graph = Half().apply(captured(case), context_for(case))
     for target in (aten.layer_norm.default, aten.mean.dim):
         assert set(types_of(graph, target)) == {torch.float32}, target
     assert set(types_of(graph, aten.linear.default)) == {torch.bfloat16}
@@ -130,7 +130,7 @@ def test_norms_and_means_of_a_transformer_stay_float():
 def test_what_the_graph_says_of_its_types_is_so():
     for name in ("concatenation", "norm_last", "two_outputs", "pad_shortcut"):
         case = CASES[name]
-        graph = Half().apply(case.build(), context_for(case))
+        graph = Half().apply(captured(case), context_for(case))
         seen = {}
 
         class Watch(torch.fx.Interpreter):
@@ -168,7 +168,7 @@ def test_a_table_that_is_a_weight_too_is_stored_once():
 
 def test_layers_are_kept_in_float_on_request():
     case, notes = CASES["residual"], []
-    graph = Half(keep_float=("conv2",)).apply(case.build(), Context(example=case.data(rows=2), note=notes.append))
+    graph = Half(keep_float=("conv2",)).apply(captured(case), Context(example=case.data(rows=2), note=notes.append))
     assert notes == ["conv2: stays float: on request"]
     assert sorted(map(str, types_of(graph, aten.conv2d.default))).count("torch.float32") == 1
 
@@ -227,7 +227,7 @@ def test_the_precision_follows_from_the_type():
 
 def test_the_batch_stays_free():
     case = CASES["norm_first"]
-    half = Half().apply(case.build(), context_for(case))
+    half = Half().apply(captured(case), context_for(case))
     program = export_program(half, case.data(rows=2))
     for rows in (1, 5):
         data = case.data(rows=rows)

@@ -16,7 +16,7 @@ from fettle.core.errors import DataError, UsageError
 from fettle.runtime._device import exact_weight_bits
 from fettle.runtime._onnx import write_onnx
 from fettle.testing.models import CASES
-from fettle.testing.steps import answers, context_for, similarity
+from fettle.testing.steps import answers, captured, context_for, similarity
 
 every = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 # ONNX Runtime turns linear layers of three-dimensional inputs into MatMulNBits, which rounds activations its own way.
@@ -29,7 +29,7 @@ FLOAT_PRODUCTS = {"Conv", "FusedConv", "MatMul", "FusedMatMul", "Gemm", "FusedGe
 def quantize(case, **options):
     """All its layers, the small ones too, with weights as wide as this machine multiplies exactly."""
     return PostTraining(**{"small_share": 0.0, "weight_bits": exact_weight_bits()} | options).apply(
-        case.build(), context_for(case)
+        captured(case), context_for(case)
     )
 
 
@@ -106,7 +106,7 @@ def test_a_clip_that_cuts_more_than_the_quantizer_stays():
 def test_kept_layers_stay_float_and_are_noted(keep, tmp_path):
     case, notes = CASES["residual"], []
     context = Context(example=case.data(rows=1), calibration=[case.data(rows=16)], note=notes.append)
-    quantized = PostTraining(keep_float=keep, small_share=0.0).apply(case.build(), context)
+    quantized = PostTraining(keep_float=keep, small_share=0.0).apply(captured(case), context)
     assert all(any(name in note and "on request" in note for note in notes) for name in keep)
     written = write(quantized, case, tmp_path / "model.onnx")
     whole = [t.name for t in written.graph.initializer if t.name.endswith("_weight_int8")]
@@ -133,7 +133,7 @@ def test_an_unknown_observer_names_the_nearest():
 def test_an_empty_calibration_set_is_an_error():
     case = CASES["mlp"]
     with pytest.raises(DataError, match="at least one batch"):
-        PostTraining().apply(case.build(), Context(example=case.data(rows=1)))
+        PostTraining().apply(captured(case), Context(example=case.data(rows=1)))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -143,7 +143,7 @@ def test_a_value_that_is_not_finite_names_input_and_batch(value):
     bad[1, 2] = value
     context = Context(example=case.data(rows=1), calibration=[case.data(rows=4), (bad,)])
     with pytest.raises(DataError, match="the inputs of batch 1"):
-        PostTraining().apply(case.build(), context)
+        PostTraining().apply(captured(case), context)
 
 
 class Exploding(nn.Module):
@@ -179,7 +179,7 @@ def test_no_more_batches_are_read_than_asked_for_and_progress_ends_at_one():
             yield case.data(rows=8, seed=index)
 
     context = Context(example=case.data(rows=1), calibration=batches(), progress=shares.append)
-    PostTraining(batches=5).apply(case.build(), context)
+    PostTraining(batches=5).apply(captured(case), context)
     assert len(read) <= 6
     assert shares == sorted(shares)
     assert shares[-1] == 1.0
@@ -249,7 +249,7 @@ def test_what_the_owner_may_not_expect_is_noted(training):
 def test_a_model_in_evaluation_whose_layers_all_run_is_no_surprise(case):
     notes = []
     context = Context(example=case.data(rows=2), calibration=[case.data(rows=16)], note=notes.append)
-    PostTraining().apply(case.build(), context)
+    PostTraining().apply(captured(case), context)
     surprises = [note.partition(":")[0] for note in notes if "never reached" in note or "training mode" in note]
     assert surprises == (["unused", "never"] if case.name == "unused_branch" else [])
 
@@ -259,7 +259,7 @@ def test_a_bare_tensor_is_one_input_not_one_row():
     (x,) = case.data(rows=32)
 
     def quantized(calibration):
-        return PostTraining().apply(case.build(), Context(example=(x[:2],), calibration=calibration))
+        return PostTraining().apply(captured(case), Context(example=(x[:2],), calibration=calibration))
 
     assert torch.equal(quantized([x])(x), quantized([(x,)])(x))
 
@@ -276,7 +276,7 @@ def test_batches_that_are_no_inputs_are_refused():
         ((x[:, :-1],), r"calibration batch 0, of shape \[8, \d+\], must fit the model: "),
     ):
         with pytest.raises(DataError, match=message):
-            PostTraining().apply(case.build(), Context(example=(x[:2],), calibration=[batch]))
+            PostTraining().apply(captured(case), Context(example=(x[:2],), calibration=[batch]))
 
 
 def test_what_is_quantized_already_is_refused():

@@ -15,7 +15,7 @@ from fettle.compress.quantize.qat import QuantizationAware
 from fettle.compress.step import Context
 from fettle.core.errors import CaptureError, DataError, UsageError
 from fettle.testing.models import CASES, FixedBatch
-from fettle.testing.steps import answers
+from fettle.testing.steps import answers, captured
 
 
 @functools.cache
@@ -39,7 +39,7 @@ def context(name, **options):
 
 def apply(name, step=None, *, model=None, **options):
     step = step or QuantizationAware(epochs=2)
-    return step.apply(CASES[name].build() if model is None else model, context(name, **options))
+    return step.apply(captured(CASES[name]) if model is None else model, context(name, **options))
 
 
 def shuffled(name):
@@ -72,7 +72,7 @@ def test_few_bits_come_nearer_to_float_than_without_training(optimizer, learn_sc
         learning_rate=3e-3 if optimizer == "adamw" else 0.05,
         learn_scales=learn_scales,
     )
-    before = distance("mlp", PostTraining(weight_bits=3).apply(CASES["mlp"].build(), context("mlp")))
+    before = distance("mlp", PostTraining(weight_bits=3).apply(captured(CASES["mlp"]), context("mlp")))
     assert distance("mlp", apply("mlp", step)) < 0.6 * before
 
 
@@ -178,7 +178,7 @@ def scales_in(model):
 
 
 def test_learned_scales_move_and_stay_positive():
-    start = scales_in(PostTraining(weight_bits=4).apply(CASES["mlp"].build(), context("mlp")))
+    start = scales_in(PostTraining(weight_bits=4).apply(captured(CASES["mlp"]), context("mlp")))
     step = QuantizationAware(epochs=3, weight_bits=4, learn_scales=True, optimizer="sgd", learning_rate=10.0)
     found = scales_in(apply("mlp", step))
     assert bool((found >= start / 64.01).all())
@@ -186,7 +186,7 @@ def test_learned_scales_move_and_stay_positive():
 
 
 def test_nothing_follows_where_nothing_may():
-    plain = PostTraining().apply(CASES["mlp"].build(), context("mlp"))
+    plain = PostTraining().apply(captured(CASES["mlp"]), context("mlp"))
     trained = apply("mlp", QuantizationAware(epochs=1, follow_epochs=0))
     assert torch.equal(scales_in(trained), scales_in(plain))
     assert not torch.equal(scales_in(apply("mlp", QuantizationAware(epochs=1, follow_epochs=1))), scales_in(plain))
@@ -207,7 +207,7 @@ def test_the_given_model_and_its_mode_stay_as_they_are():
 
 
 def test_a_quantized_model_goes_on_from_where_it_is():
-    plain = PostTraining(weight_bits=3).apply(CASES["mlp"].build(), context("mlp"))
+    plain = PostTraining(weight_bits=3).apply(captured(CASES["mlp"]), context("mlp"))
     before = copy.deepcopy(plain.state_dict())
     trained = apply("mlp", QuantizationAware(epochs=10, learning_rate=3e-3), model=plain, calibration=())
     assert all(torch.equal(value, before[name]) for name, value in plain.state_dict().items())
@@ -216,7 +216,7 @@ def test_a_quantized_model_goes_on_from_where_it_is():
 
 
 def test_a_quantized_model_can_be_given_other_bits():
-    plain = PostTraining().apply(CASES["residual"].build(), context("residual"))
+    plain = PostTraining().apply(captured(CASES["residual"]), context("residual"))
     trained = apply("residual", QuantizationAware(epochs=1, weight_bits=4), model=plain, calibration=())
     assert {layer.highest for layer in trained.layers().values()} == {7}
     assert {layer.highest for layer in plain.layers().values()} == {127}
@@ -224,7 +224,7 @@ def test_a_quantized_model_can_be_given_other_bits():
 
 @pytest.mark.parametrize("bits", [None, 4])
 def test_corrections_before_training_are_kept_in_it(bits):
-    plain = PostTraining(weight_bits=4).apply(CASES["mlp"].build(), context("mlp"))
+    plain = PostTraining(weight_bits=4).apply(captured(CASES["mlp"]), context("mlp"))
     for layer in plain.layers().values():
         layer.shift_bias(torch.full((layer.weight.shape[0],), 0.5))
         layer.integers, layer.scales = (layer.deployed()[0].int() + 1).clamp(-7, 7), 1.1 * layer.scales
@@ -254,7 +254,7 @@ def test_a_training_that_only_harms_changes_nothing():
     given = iter((0.9, 0.1, 0.2))
     notes = []
     trained = apply("mlp", score=lambda model: next(given), note=notes.append)
-    plain = PostTraining().apply(CASES["mlp"].build(), context("mlp"))
+    plain = PostTraining().apply(captured(CASES["mlp"]), context("mlp"))
     assert torch.equal(answers(trained, CASES["mlp"].data(rows=8))[0], answers(plain, CASES["mlp"].data(rows=8))[0])
     assert "no epoch beat the start" in notes[-1]
 

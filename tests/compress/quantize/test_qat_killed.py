@@ -21,7 +21,7 @@ from torch.nn import functional
 from fettle.compress.quantize.qat import QuantizationAware
 from fettle.compress.step import Context
 from fettle.testing.models import CASES
-from fettle.testing.steps import answers
+from fettle.testing.steps import answers, captured
 
 CASE = CASES["residual"]
 # Norms and ranges change their ways within the training, each at another epoch.
@@ -54,7 +54,7 @@ def main(checkpoints: Path, output: Path, stop_in: int, **options: object) -> No
         checkpoint=checkpoints,
         note=say,
     )
-    trained = QuantizationAware(**{**OPTIONS, **options}).apply(CASE.build(), context)
+    trained = QuantizationAware(**{**OPTIONS, **options}).apply(captured(CASE), context)
     safetensors.torch.save_file({name: value.contiguous() for name, value in trained.state_dict().items()}, output)
 
 

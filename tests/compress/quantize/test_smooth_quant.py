@@ -16,7 +16,7 @@ from fettle.compress.step import Context
 from fettle.core.errors import DataError, UsageError
 from fettle.testing import steps
 from fettle.testing.models import CASES
-from fettle.testing.steps import answers, context_for
+from fettle.testing.steps import answers, captured, context_for
 
 every = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
@@ -52,7 +52,7 @@ def sqnr_db(want, have):
 @pytest.mark.parametrize("convolutions", [False, True])
 def test_the_function_stays_the_same(case, convolutions):
     model, data = case.build(), case.data(rows=5)
-    graph = SmoothQuant(convolutions=convolutions).apply(model, context_for(case))
+    graph = SmoothQuant(convolutions=convolutions).apply(captured(case), context_for(case))
     for want, have in zip(answers(model, data), answers(graph, data), strict=True):
         torch.testing.assert_close(have, want, atol=2e-6, rtol=1e-5)
 
@@ -189,7 +189,7 @@ def test_only_so_many_batches_are_read():
 
     seen: list[float] = []
     context = replace(context_for(case), calibration=batches(), progress=seen.append)
-    SmoothQuant(batches=3).apply(case.build(), context)
+    SmoothQuant(batches=3).apply(captured(case), context)
     assert read <= 4
     assert seen == sorted(seen)
     assert seen[-1] == 1.0
@@ -202,15 +202,15 @@ def test_calibration_that_is_not_finite_is_named(value):
     bad[1, 2, 3] = value
     rule = r"^the output of layer\.\S+ of batch 1: calibration data must stay finite in float32, got .*$"
     with pytest.raises(DataError, match=rule):
-        smoothed(case.build(), [case.data(rows=4), (bad,)])
+        smoothed(captured(case), [case.data(rows=4), (bad,)])
 
 
 def test_no_data_is_an_error_only_where_it_is_needed():
     with pytest.raises(DataError, match="at least one batch"):
-        SmoothQuant().apply(CASES["mlp"].build(), Context(example=CASES["mlp"].data(rows=2)))
+        SmoothQuant().apply(captured(CASES["mlp"]), Context(example=CASES["mlp"].data(rows=2)))
     notes: list[str] = []
     case = CASES["gelu"]
-    SmoothQuant().apply(case.build(), Context(example=case.data(rows=2), note=notes.append))
+    SmoothQuant().apply(captured(case), Context(example=case.data(rows=2), note=notes.append))
     assert notes == ["SmoothQuant: nothing to smooth: no linear layer reads a layer norm or another layer alone"]
 
 
@@ -230,7 +230,7 @@ def test_bad_options_are_refused(options, message):
 
 def test_bad_models_are_refused():
     case = CASES["norm_first"]
-    quantized = PostTraining().apply(case.build(), context_for(case))
+    quantized = PostTraining().apply(captured(case), context_for(case))
     with pytest.raises(UsageError, match=r"put it before quantize\.post_training"):
         SmoothQuant().apply(quantized, context_for(case))
     model = case.build()

@@ -19,7 +19,7 @@ from fettle.runtime._onnx import write_onnx
 from fettle.runtime._operations import LINEAR_BLOCKS, LINEAR_ROWS
 from fettle.testing.models import CASES, LARGE
 from fettle.testing.runtimes import export_case, named_data, seal
-from fettle.testing.steps import answers, context_for, similarity
+from fettle.testing.steps import answers, captured, context_for, similarity
 
 
 def apply(model, example, **options):
@@ -37,7 +37,7 @@ def small_layers(graph):
 def test_it_stays_near_float(bits, least, group):
     case = LARGE["linear"]
     model, data = case.build(), case.data(rows=64, seed=5)
-    small, notes = apply(model, case.data(rows=2), bits=bits, group=group)
+    small, notes = apply(captured(case), case.data(rows=2), bits=bits, group=group)
     assert len(small_layers(small)) == 3
     assert similarity(answers(model, data)[0], answers(small, data)[0]) > least
     assert notes == ["4: linear layer stays float: 512 weights are too few to gain, 4096 are wanted"]
@@ -46,7 +46,7 @@ def test_it_stays_near_float(bits, least, group):
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_every_model_is_taken(case):
     model = case.build()
-    small, notes = apply(model, case.data(rows=1), smallest=0)
+    small, notes = apply(captured(case), case.data(rows=1), smallest=0)
     data = case.data(rows=8, seed=3)
     for want, have in zip(answers(model, data), answers(small, data), strict=True):
         assert similarity(want, have) > 0.999
@@ -57,7 +57,7 @@ def test_smaller_groups_are_nearer():
     case = LARGE["linear"]
     model, data = case.build(), case.data(rows=64, seed=5)
     want = answers(model, data)[0]
-    found = [answers(apply(model, data, bits=4, group=group)[0], data)[0] for group in (32, 256)]
+    found = [answers(apply(captured(case), data, bits=4, group=group)[0], data)[0] for group in (32, 256)]
     assert (found[0] - want).square().mean() < (found[1] - want).square().mean()
 
 
@@ -100,7 +100,7 @@ def test_attention_projections_are_taken():
 
 def test_convolutions_stay_float_and_are_named():
     case = LARGE["convolution"]
-    small, notes = apply(case.build(), case.data(rows=2))
+    small, notes = apply(captured(case), case.data(rows=2))
     assert not small_layers(small)
     assert "2 convolutions stay float, from 0.conv to 1.conv" in notes[1]
     assert notes[-1].startswith("nothing was quantized")
@@ -207,7 +207,7 @@ def test_the_file_really_holds_so_few_bits(bits, tmp_path):
 @pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
 def test_engines_answer_as_the_simulation(name, bits, tmp_path):
     case = LARGE["linear"]
-    small, _ = apply(case.build(), case.data(rows=2), bits=bits)
+    small, _ = apply(captured(case), case.data(rows=2), bits=bits)
     runtime = plugins.load("fettle.runtime", name, RuntimeBase)()
     signature = export_case(runtime, case, tmp_path / "model", model=small)
     runner = runtime.load(seal(tmp_path / "model", signature, precision=f"int{bits}-weights"), threads=1)
@@ -221,7 +221,7 @@ def test_engines_answer_as_the_simulation(name, bits, tmp_path):
 def test_progress_ends_at_one():
     shares = []
     case = LARGE["linear"]
-    WeightOnly().apply(case.build(), Context(example=case.data(rows=1), progress=shares.append))
+    WeightOnly().apply(captured(case), Context(example=case.data(rows=1), progress=shares.append))
     assert shares == sorted(shares)
     assert shares[-1] == 1.0
 
@@ -233,5 +233,5 @@ def test_data_is_not_needed_and_not_read():
 
     case = LARGE["linear"]
     context = context_for(case)
-    small = WeightOnly().apply(case.build(), Context(example=context.example, calibration=refuse()))
+    small = WeightOnly().apply(captured(case), Context(example=context.example, calibration=refuse()))
     assert small(*case.data(rows=3)).shape == (3, 4)

@@ -1,6 +1,6 @@
 """Splits, sticky keys and shadows of calls over gRPC: as over HTTP."""
 
-from fettle.serve import lanes
+from fettle.serve import process
 from fettle.serve.rpc import messages
 from fettle.serve.source import FolderSource
 from fettle.serve.traffic import Sticky, Traffic, Variant
@@ -34,7 +34,7 @@ def test_a_sticky_key_may_stand_in_the_metadata(rpc, start, shelf, kit):
 
 def test_a_shadow_gets_a_copy_of_a_call(rpc, start, shelf, kit, monkeypatch):
     # Else the shadow's worker has only what others leave, which on a busy machine is nothing for minutes.
-    monkeypatch.setattr(lanes, "give_way", lambda pid: None)
+    monkeypatch.setattr(process, "give_way", lambda pid: None)
     traffic = Traffic(
         (Variant(FolderSource("tiny", shelf.root / "1", 1)),), shadow=FolderSource("tiny", shelf.root / "2", 2)
     )

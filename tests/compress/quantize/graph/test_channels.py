@@ -14,7 +14,7 @@ from fettle.compress.quantize.graph.channels import LAYER_NORM, LAYERS, find_str
 from fettle.compress.quantize.graph.fold import fold_batch_norm
 from fettle.compress.quantize.graph.rescale import Rescaling
 from fettle.testing.models import CASES
-from fettle.testing.steps import answers
+from fettle.testing.steps import answers, captured
 
 ALL = (LAYER_NORM, *LAYERS)
 
@@ -132,7 +132,7 @@ def test_free_channels_are_found_and_a_scale_on_them_changes_nothing(name):
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_any_scale_on_the_free_channels_of_any_model_changes_nothing(case):
     model = case.build()
-    graph = capture(model, case.data(rows=2))
+    graph = captured(case)
     fold_batch_norm(graph)
     generator = torch.Generator().manual_seed(1)
     rescaling = Rescaling(graph)
@@ -183,7 +183,7 @@ def test_columns_name_the_channel_that_each_input_reads():
 
 def test_what_stops_a_channel_is_named():
     case = CASES["norm_last"]
-    graph = capture(case.build(), case.data(rows=2))
+    graph = captured(case)
     streams = {layer_of(s.source): s for s in find_streams(graph, case.data(rows=2), sources=(LAYER_NORM,))}
     assert [stop.target for stop in streams["layer.norm1"].stops] == [torch.ops.aten.add.Tensor]
     assert not streams["layer.norm1"].free.any()
@@ -192,7 +192,7 @@ def test_what_stops_a_channel_is_named():
 
 def test_shared_weights_are_left_alone():
     case = CASES["tied_weights"]
-    graph = capture(case.build(), case.data(rows=2))
+    graph = captured(case)
     assert not any(stream.free.any() for stream in find_streams(graph, case.data(rows=2), sources=ALL))
 
 

@@ -9,12 +9,12 @@ from fettle.compress.quantize import PostTraining
 from fettle.compress.quantize.graph.errors import layer_errors
 from fettle.core.errors import DataError, UsageError
 from fettle.testing.models import CASES
-from fettle.testing.steps import context_for
+from fettle.testing.steps import captured, context_for
 
 
 def simulated(name, **options):
     case = CASES[name]
-    return case, PostTraining(**{"small_share": 0.0} | options).apply(case.build(), context_for(case))
+    return case, PostTraining(**{"small_share": 0.0} | options).apply(captured(case), context_for(case))
 
 
 @pytest.mark.parametrize("name", ["residual", "norm_first", "two_inputs", "cross_attention", "parametrized"])

@@ -7,7 +7,7 @@ from torch import nn
 from fettle.compress.capture import capture
 from fettle.compress.quantize.graph.fold import fold_batch_norm
 from fettle.testing.models import CASES
-from fettle.testing.steps import answers
+from fettle.testing.steps import answers, captured
 
 LAYERS = {
     "conv1d": (lambda **k: nn.Conv1d(4, 6, 3, **k), nn.BatchNorm1d, (4, 9)),
@@ -46,7 +46,7 @@ def test_the_folded_graph_answers_as_the_model(layer, bias, affine, generator):
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_tiny_models_answer_the_same_after_folding(case):
     model = case.build()
-    graph = capture(model, case.data(rows=2))
+    graph = captured(case)
     fold_batch_norm(graph)
     for want, have in zip(answers(model, case.data(rows=3)), answers(graph, case.data(rows=3)), strict=True):
         torch.testing.assert_close(have, want, atol=1e-5, rtol=1e-4)

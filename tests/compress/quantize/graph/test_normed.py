@@ -35,6 +35,7 @@ from fettle.compress.quantize.post_training import PostTraining
 from fettle.compress.step import Context
 from fettle.core.errors import DataError
 from fettle.testing.models import CASES
+from fettle.testing.steps import captured
 
 aten = torch.ops.aten
 BITS = (2, 4, 8)
@@ -345,7 +346,7 @@ def test_a_value_that_is_not_finite_names_the_layer(value):
 def simulated_case(name, *, bits=8):
     case = CASES[name]
     context = Context(example=case.data(rows=2), calibration=[case.data(rows=32, seed=1)])
-    simulated, folded = PostTraining(weight_bits=bits).quantize(case.build(), context)
+    simulated, folded = PostTraining(weight_bits=bits).quantize(captured(case), context)
     return case, simulated, {str(node.target): norm for node, norm in folded.items() if node.op == "call_module"}
 
 

@@ -10,7 +10,7 @@ from fettle.compress.capture import capture, layer_of
 from fettle.compress.quantize.graph.placement import place
 from fettle.compress.quantize.graph.prepare import prepare
 from fettle.testing.models import CASES
-from fettle.testing.steps import answers
+from fettle.testing.steps import answers, captured
 
 aten = torch.ops.aten
 
@@ -116,7 +116,7 @@ def test_batch_norm_folds_into_a_layer_with_a_computed_weight():
 
 def test_cross_attention_has_three_projections_with_names():
     case = CASES["cross_attention"]
-    graph = capture(case.build(), case.data(rows=2))
+    graph = captured(case)
     prepare(graph)
     names = [layer_of(anchor) for anchor in place(graph).anchors]
     assert names.count("layer.multihead_attn.in_proj") == 2

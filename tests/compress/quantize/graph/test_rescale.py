@@ -11,7 +11,7 @@ from fettle.compress.quantize.graph.rescale import Rescaling, folded_graph
 from fettle.compress.step import Context
 from fettle.core.errors import DataError, UsageError
 from fettle.testing.models import CASES
-from fettle.testing.steps import context_for
+from fettle.testing.steps import captured, context_for
 
 
 def only_stream(model, x, sources=LAYERS):
@@ -98,6 +98,6 @@ def test_a_weight_that_is_not_finite_is_named(parameter, value):
 
 def test_a_quantized_model_is_refused():
     case = CASES["mlp"]
-    quantized = PostTraining().apply(case.build(), context_for(case))
+    quantized = PostTraining().apply(captured(case), context_for(case))
     with pytest.raises(UsageError, match=r"put it before quantize\.post_training"):
         folded_graph(quantized, context_for(case), "quantize.smooth_quant")
