@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import time
 from collections.abc import Callable
 from functools import partial
@@ -138,7 +137,7 @@ class Inference:
         seconds = self._options.request_timeout_s
         text = request.headers.get(TIMEOUT)
         if text is not None:
-            if not re.fullmatch("[0-9]{1,9}", text) or int(text) < 1:
+            if not (text.isascii() and text.isdecimal() and len(text) <= 9 and int(text)):
                 raise Refusal(400, f"X-Request-Timeout-Ms must be a positive number, got {quote(text, 16)}")
             seconds = min(seconds, int(text) / 1000)
         return time.monotonic() + seconds

@@ -135,7 +135,7 @@ class Models:
     """All deployments. The first that was declared answers `/predict`. Belongs to one event loop.
 
     build: makes a deployment, which loads nothing yet. retire: lets the workers forget what a switch held, once its
-    last request has ended. catalogue: what else may be loaded.
+    last request has ended. catalogue: what else may be loaded. changes: how often a model came or went.
     """
 
     def __init__(
@@ -151,6 +151,7 @@ class Models:
         self._retire = retire
         self._catalogue = catalogue
         self._by_name = {name: build(traffic) for name, traffic in self._declared.items()}
+        self.changes = 0
         self._changing: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._releasing: set[asyncio.Task[None]] = set()
         self._loading: set[str] = set()
@@ -211,6 +212,7 @@ class Models:
                     await self._release(deployment)
                     raise Refusal(400, f"{name} cannot be loaded: {problem}")
                 self._by_name[name] = deployment
+                self.changes += 1
                 for switch in deployment.switches:
                     switch.start()
             if problem is not None:
@@ -221,6 +223,7 @@ class Models:
         async with self._changing.setdefault(name, asyncio.Lock()):
             deployment = self.find(name)
             del self._by_name[name]
+            self.changes += 1
             deployment.unloaded = True
             await self._release(deployment)
 

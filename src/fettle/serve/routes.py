@@ -21,6 +21,8 @@ from fettle.serve.refusal import Refusal, quote
 EXTENSIONS = ("binary_tensor_data",)
 
 Handler = Callable[[Request, Respond], None]
+# Paths that are remembered: making a route takes longer than all else that a refusal needs. A version may be any text.
+_MOST_KNOWN = 256
 _MODEL, _PREDICT = "/v2/models/{model}", "/predict/{model}"
 
 
@@ -72,6 +74,8 @@ class Routes:
         self._dispatcher = dispatcher
         self._metrics = metrics
         self._inference = inference
+        self._known: dict[str, Route] = {}
+        self._known_at = models.changes
         self._fixed = self._fixed_routes()
         self._of_model = self._model_routes()
         self._description = Description(self.table(), options)
@@ -123,6 +127,14 @@ class Routes:
 
     def find(self, path: str) -> Route:
         """Raises Refusal 404."""
+        if self._known_at != self._models.changes or len(self._known) >= _MOST_KNOWN:
+            self._known, self._known_at = {}, self._models.changes
+        found = self._known.get(path)
+        if found is None:
+            found = self._known[path] = self._find(path)
+        return found
+
+    def _find(self, path: str) -> Route:
         fixed = self._fixed.get(path)
         if fixed is not None:
             return fixed
