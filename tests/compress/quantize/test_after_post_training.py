@@ -181,7 +181,7 @@ def test_a_layer_to_give_back_must_be_there():
 def test_a_model_that_is_not_quantized_is_refused(step):
     case = CASES["mlp"]
     with pytest.raises(UsageError, match=r"corrects a quantized model, got Sequential: put quantize.post_training"):
-        step.apply(captured(case), context_for(case))
+        step.apply(case.build(), context_for(case))
 
 
 @pytest.mark.parametrize("step", [BiasCorrection(), AdaRound()], ids=lambda step: step.step_name())

@@ -249,7 +249,7 @@ def test_what_the_owner_may_not_expect_is_noted(training):
 def test_a_model_in_evaluation_whose_layers_all_run_is_no_surprise(case):
     notes = []
     context = Context(example=case.data(rows=2), calibration=[case.data(rows=16)], note=notes.append)
-    PostTraining().apply(captured(case), context)
+    PostTraining().apply(case.build(), context)
     surprises = [note.partition(":")[0] for note in notes if "never reached" in note or "training mode" in note]
     assert surprises == (["unused", "never"] if case.name == "unused_branch" else [])
 

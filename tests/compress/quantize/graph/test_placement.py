@@ -173,7 +173,7 @@ def test_what_runs_in_integers_is_not_named():
 
 
 def test_a_layer_is_kept_float_on_request():
-    graph, placement = placed_case("residual", keep_float=("conv1",))
+    graph, placement = placed_anew("residual", keep_float=("conv1",))
     assert "conv1" not in {layer_of(anchor) for anchor in placement.anchors}
     assert any("conv1" in sentence and "on request" in sentence for sentence in placement.left_float)
     kept = next(n for n in nodes(graph, *ANCHORS) if layer_of(n) == "conv1")
