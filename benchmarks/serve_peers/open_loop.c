@@ -23,7 +23,6 @@
 #include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
-#include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -47,13 +46,6 @@ static double now(void) {
   struct timespec t;
   clock_gettime(CLOCK_MONOTONIC, &t);
   return t.tv_sec + t.tv_nsec * 1e-9 - start;
-}
-
-/* Run soon after each wake (Linux 6.12 and above): an answer that waits here for a core would count as a slow server. */
-static void be_prompt(void) {
-  struct { uint32_t size, policy; uint64_t flags; int32_t nice; uint32_t priority; uint64_t slice, deadline, period; } asked = {
-    .size = 48, .nice = getpriority(PRIO_PROCESS, 0), .slice = 100000};
-  syscall(SYS_sched_setattr, 0, &asked, 0);
 }
 
 static void fail(const char *what) { perror(what); exit(1); }
@@ -234,7 +226,6 @@ int main(int argc, char **argv) {
   samples = fopen(argv[5], "wb");
   epoll = epoll_create1(0);
   if (!samples || epoll < 0) fail(argv[5]);
-  be_prompt();
   start = now() + 0.01;
   run(due, count, atof(argv[8]));
   FILE *file = fopen(argv[4], "wb");
