@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import trustme
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
@@ -345,6 +346,21 @@ def error_of(response, status):
     assert set(body) == {"error"}
     assert not re.search(r"Traceback|/work|/tmp|\.py|site-packages", body["error"])
     return body["error"]
+
+
+def issue(authority, root):
+    """Put a new certificate and its key where a server finds them, the key first, and the authority beside them."""
+    issued = authority.issue_cert("127.0.0.1", "localhost")
+    issued.private_key_pem.write_to_path(str(root / "key.pem"))
+    for number, part in enumerate(issued.cert_chain_pems):
+        part.write_to_path(str(root / "certificate.pem"), append=number > 0)
+    authority.cert_pem.write_to_path(str(root / "ca.pem"))
+    return {"tls_certificate": root / "certificate.pem", "tls_key": root / "key.pem"}, issued
+
+
+@pytest.fixture(scope="module")
+def authority():
+    return trustme.CA()
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,6 @@ import threading
 import grpc
 import numpy as np
 import pytest
-import trustme
 from tritonclient import grpc as triton
 from tritonclient.utils import InferenceServerException
 
@@ -20,18 +19,14 @@ def tensor():
 
 
 @pytest.mark.parametrize("tls", [False, True])
-def test_keys_and_certificates_hold_over_grpc_too(start, shelf, kit, tmp_path, tls):
+def test_keys_and_certificates_hold_over_grpc_too(start, shelf, kit, authority, tmp_path, tls):
     texts = {}
     for name, models, actions in (("all", "*", ["infer", "read"]), ("other", ["other"], ["infer", "read"])):
         key, texts[name] = new_key(name, models=models, actions=actions)
         add_key(tmp_path / "keys.json", key)
     options, credentials = {}, None
     if tls:
-        authority = trustme.CA()
-        issued = authority.issue_cert("127.0.0.1")
-        issued.private_key_pem.write_to_path(str(tmp_path / "key.pem"))
-        issued.cert_chain_pems[0].write_to_path(str(tmp_path / "certificate.pem"))
-        options = {"tls_certificate": tmp_path / "certificate.pem", "tls_key": tmp_path / "key.pem"}
+        options, _ = kit.issue(authority, tmp_path)
         credentials = grpc.ssl_channel_credentials(authority.cert_pem.bytes())
     server = start(shelf, grpc_port=0, keys=tmp_path / "keys.json", **options).wait_ready()
     with triton.InferenceServerClient(server.grpc, creds=credentials, ssl=tls) as client:

@@ -49,6 +49,15 @@ async def turns():
         await asyncio.sleep(0)
 
 
+async def mounted_in(lanes):
+    """The first version, in every worker."""
+    mounting = asyncio.ensure_future(lanes.mount(served(1), "/nowhere"))
+    await turns()
+    for lane in lanes.all:
+        say(lane, wire.Loaded(1, [1], [0.1]))
+    return await mounting
+
+
 def test_a_version_that_one_worker_refuses_is_forgotten_by_those_still_loading():
     async def run():
         lanes, transports = connected(2)
@@ -70,11 +79,7 @@ def test_a_version_that_one_worker_refuses_is_forgotten_by_those_still_loading()
 def test_a_version_unmounted_while_a_worker_takes_it_up_again_stays_forgotten():
     async def run():
         lanes, transports = connected(2)
-        mounting = asyncio.ensure_future(lanes.mount(served(1), "/nowhere"))
-        await turns()
-        for lane in lanes.all:
-            say(lane, wire.Loaded(1, [1], [0.1]))
-        mounted = await mounting
+        mounted = await mounted_in(lanes)
         late, told = lanes.all[1], transports[1]
         late.keys.clear()  # another worker has come up here, and loads what the others have
         loading = asyncio.ensure_future(late.load(mounted))
@@ -133,11 +138,7 @@ def test_a_worker_that_dies_once_during_a_mount_is_replaced_and_the_version_trie
     async def run():
         lanes, transports = connected(2)
         first, second = lanes.all
-        mounting = asyncio.ensure_future(lanes.mount(served(1), "/nowhere"))
-        await turns()
-        for lane in lanes.all:
-            say(lane, wire.Loaded(1, [1], [0.1]))
-        await mounting
+        await mounted_in(lanes)
         mounting = asyncio.ensure_future(lanes.mount(served(2), "/nowhere"))
         await turns()
         first.connection_lost(None)
@@ -217,11 +218,7 @@ def test_nothing_is_mounted_unproven_where_no_worker_lives_at_that_moment():
 def test_a_worker_that_was_lost_before_its_turn_in_a_mount_says_nothing_of_the_version():
     async def run():
         lanes, _ = connected(2)
-        mounting = asyncio.ensure_future(lanes.mount(served(1), "/nowhere"))
-        await turns()
-        for lane in lanes.all:
-            say(lane, wire.Loaded(1, [1], [0.1]))
-        await mounting
+        await mounted_in(lanes)
         mounting = asyncio.ensure_future(lanes.mount(served(2), "/nowhere"))
         await turns()
         lanes.all[1].connection_lost(None)

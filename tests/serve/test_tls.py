@@ -19,26 +19,11 @@ JSON = {"content-type": "application/json"}
 
 
 @pytest.fixture(scope="module")
-def authority():
-    return trustme.CA()
-
-
-@pytest.fixture(scope="module")
-def files(authority, tmp_path_factory):
+def files(kit, authority, tmp_path_factory):
     """Options for a server whose certificate is for 127.0.0.1."""
     root = tmp_path_factory.mktemp("tls")
-    options, _ = issue(authority, root)
+    options, _ = kit.issue(authority, root)
     return options
-
-
-def issue(authority, root):
-    """Put a new certificate and its key where a server finds them, the key first, and the authority beside them."""
-    issued = authority.issue_cert("127.0.0.1", "localhost")
-    issued.private_key_pem.write_to_path(str(root / "key.pem"))
-    for number, part in enumerate(issued.cert_chain_pems):
-        part.write_to_path(str(root / "certificate.pem"), append=number > 0)
-    authority.cert_pem.write_to_path(str(root / "ca.pem"))
-    return {"tls_certificate": root / "certificate.pem", "tls_key": root / "key.pem"}, issued
 
 
 def trusting(authority, issued=None):
@@ -227,7 +212,7 @@ def der(issued):
 def test_a_renewed_certificate_is_shown_to_new_connections_and_old_ones_live_on(
     start, shelf, kit, tmp_path, authority, process
 ):
-    options, before = issue(authority, tmp_path)
+    options, before = kit.issue(authority, tmp_path)
     server = start(shelf.root if process else shelf, process=process, **options).wait_ready()
     port = address(server)[1]
     assert shown(port) == der(before)
@@ -237,7 +222,7 @@ def test_a_renewed_certificate_is_shown_to_new_connections_and_old_ones_live_on(
         old = shown(port)
         aside = tmp_path / f"aside{renewal}"  # as cert-manager: another folder, and one link to it
         aside.mkdir()
-        _, now = issue(authority, aside)
+        _, now = kit.issue(authority, aside)
         for name in ("key.pem", "certificate.pem"):
             (aside / name).rename(tmp_path / name)
         kit.until(lambda old=old: shown(port) != old)
@@ -250,7 +235,7 @@ def test_a_renewed_certificate_is_shown_to_new_connections_and_old_ones_live_on(
 
 
 def test_a_pair_that_does_not_fit_changes_nothing_and_is_told_once(start, shelf, kit, tmp_path, authority, caplog):
-    options, before = issue(authority, tmp_path)
+    options, before = kit.issue(authority, tmp_path)
     server = start(shelf, **options).wait_ready()
     port = address(server)[1]
 
@@ -268,12 +253,12 @@ def test_a_pair_that_does_not_fit_changes_nothing_and_is_told_once(start, shelf,
     assert len(told()) == 3
     for message, words in zip(told(), ("does not belong to", "must be PEM", "cannot be read"), strict=True):
         assert words in message
-    _, now = issue(authority, tmp_path)
+    _, now = kit.issue(authority, tmp_path)
     kit.until(lambda: shown(port) == der(now))
 
 
 def test_another_authority_for_clients_is_taken_too(start, shelf, kit, tmp_path, authority):
-    options, _ = issue(authority, tmp_path)
+    options, _ = kit.issue(authority, tmp_path)
     another = trustme.CA()
     ours, theirs = authority.issue_cert("client"), another.issue_cert("client")
     server = start(shelf, **options, tls_client_ca=tmp_path / "ca.pem").wait_ready()
@@ -291,14 +276,14 @@ def test_another_authority_for_clients_is_taken_too(start, shelf, kit, tmp_path,
     assert (served(ours), served(theirs), served(None)) == (False, True, False)
 
 
-def test_nothing_is_read_while_the_files_still_change(authority, tmp_path):
-    options, _ = issue(authority, tmp_path)
+def test_nothing_is_read_while_the_files_still_change(kit, authority, tmp_path):
+    options, _ = kit.issue(authority, tmp_path)
     files = Certificates(options["tls_certificate"], options["tls_key"])
     first = files.latest
     files.refresh()
     assert files.latest is first
     for _ in range(3):  # each look finds other files than the one before
-        issue(authority, tmp_path)
+        kit.issue(authority, tmp_path)
         files.refresh()
         assert files.latest is first
     files.refresh()

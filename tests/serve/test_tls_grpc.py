@@ -15,24 +15,11 @@ LIVE, READY = (f"/inference.GRPCInferenceService/{name}" for name in ("ServerLiv
 
 
 @pytest.fixture(scope="module")
-def authority():
-    return trustme.CA()
-
-
-@pytest.fixture(scope="module")
-def mutual(authority, tmp_path_factory):
+def mutual(kit, authority, tmp_path_factory):
     """Options for a server whose certificate is for 127.0.0.1, and whose clients must show one of the authority."""
     root = tmp_path_factory.mktemp("mtls")
-    issued = authority.issue_cert("127.0.0.1")
-    issued.private_key_pem.write_to_path(str(root / "key.pem"))
-    issued.cert_chain_pems[0].write_to_path(str(root / "certificate.pem"))
-    authority.cert_pem.write_to_path(str(root / "ca.pem"))
-    return {
-        "grpc_port": 0,
-        "tls_certificate": root / "certificate.pem",
-        "tls_key": root / "key.pem",
-        "tls_client_ca": root / "ca.pem",
-    }
+    options, _ = kit.issue(authority, root)
+    return {"grpc_port": 0, **options, "tls_client_ca": root / "ca.pem"}
 
 
 @contextlib.contextmanager

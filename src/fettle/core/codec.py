@@ -1,4 +1,4 @@
-"""JSON in and out for the frozen dataclasses of `core`: typed, and strict about unknown keys."""
+"""JSON in and out for the frozen dataclasses of `core`, and TOML in: typed, and strict about unknown keys."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import hashlib
 import threading
+import tomllib
 import types
 import typing
 from collections.abc import Mapping
@@ -38,6 +39,23 @@ def canonical(value: Any) -> bytes:
 def digest(value: Any) -> str:
     """SHA-256 over the canonical JSON, as 64 hexadecimal digits."""
     return hashlib.sha256(canonical(value)).hexdigest()
+
+
+def from_toml(content: bytes, *, where: str, error: type[Exception] = UsageError) -> dict[str, Any]:
+    """The table of a TOML file. where: the file's name, for messages. Raises `error` for what is none.
+
+    >>> from_toml(b"workers = 2", where="serve.toml")
+    {'workers': 2}
+    """
+    try:
+        return tomllib.loads(content.decode())
+    except UnicodeDecodeError as problem:
+        line = content[: problem.start].count(b"\n") + 1
+        raise error(f"{where}: not valid TOML: not UTF-8 (at line {line})") from None
+    except RecursionError:
+        raise error(f"{where}: not valid TOML: too deep") from None
+    except ValueError as problem:  # also a number of thousands of digits
+        raise error(f"{where}: not valid TOML: {problem}") from None
 
 
 def from_json(cls: type[T], data: Any, *, where: str, error: type[Exception] = UsageError) -> T:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -85,10 +84,7 @@ class Project:
         path = path / "fettle.toml" if path.is_dir() else path
         if not path.is_file():
             raise ProjectError(f"{path} does not exist: write it, or name another with `fettle optimize PATH`")
-        try:
-            data = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
-            raise ProjectError(f"{path}: not valid TOML: {problem}") from None
+        data = codec.from_toml(path.read_bytes(), where=str(path), error=ProjectError)
         try:
             file = codec.from_json(ProjectFile, data, where=str(path), error=ProjectError)
         except ProjectError:

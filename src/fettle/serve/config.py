@@ -52,15 +52,7 @@ def settings_of(content: bytes, *, folder: Path, where: str) -> dict[str, Any]:
     >>> settings_of(b'keys = "keys.json"', folder=Path("/etc/fettle"), where="serve.toml")["keys"].as_posix()
     '/etc/fettle/keys.json'
     """
-    try:
-        table = tomllib.loads(content.decode())
-    except UnicodeDecodeError as problem:
-        line = content[: problem.start].count(b"\n") + 1
-        raise UsageError(f"{where}: not valid TOML: not UTF-8 (at line {line})") from None
-    except RecursionError:
-        raise UsageError(f"{where}: not valid TOML: too deep") from None
-    except ValueError as problem:  # also a number of thousands of digits
-        raise UsageError(f"{where}: not valid TOML: {problem}") from None
+    table = codec.from_toml(content, where=where)
     return _checked(table, folder=folder, where=where)
 
 
