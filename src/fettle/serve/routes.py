@@ -21,7 +21,7 @@ from fettle.serve.refusal import Refusal, quote
 EXTENSIONS = ("binary_tensor_data",)
 
 Handler = Callable[[Request, Respond], None]
-# Paths that are remembered: making a route takes longer than all else that a refusal needs. A version may be any text.
+# Paths that are remembered, for making a route is a seventh of a refusal. Bounded: a version may be any text.
 _MOST_KNOWN = 256
 _MODEL, _PREDICT = "/v2/models/{model}", "/predict/{model}"
 
