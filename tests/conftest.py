@@ -184,7 +184,15 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
 
 @pytest.fixture
-def eager_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def float_in_eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eager has float alone, as on a processor without bfloat16: the baseline is not measured against its half."""
+    from fettle.runtime.eager import Eager
+
+    monkeypatch.setattr(Eager, "precisions", frozenset({"float"}))
+
+
+@pytest.fixture
+def eager_only(monkeypatch: pytest.MonkeyPatch, float_in_eager: None) -> None:
     """Only the baseline is built: a whole run in a second."""
     from fettle.runtime.eager import Eager
 

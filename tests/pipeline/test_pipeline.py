@@ -44,7 +44,7 @@ def rows(model, count=60, *, case="mlp", seed=1):
 
 
 @pytest.fixture
-def go(tmp_path):
+def go(tmp_path, float_in_eager):
     """`optimize` of a small model, in eager alone and without the registry where nothing else is asked for."""
 
     def run(model=None, *, case="mlp", **changes):

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -65,3 +69,26 @@ def make_report() -> Callable[[float], Report]:
         return Report(subject="digits", measurements=(measurement,), notes=("ünïcode",))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def apart() -> Iterator[Callable[..., tuple[int, list[Any]]]]:
+    """`apart(registry, *calls, line=0, unprivileged=False)`: the wait status of a process of its own, killed at that
+    line of registry code or without root's rights, and what each call returned or raised."""
+    command = [sys.executable, str(Path(__file__).with_name("forker.py"))]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    asked, told = process.stdin, process.stdout
+    assert asked is not None
+    assert told is not None
+
+    def ask(
+        registry: Registry, *calls: Callable[[Registry], object], line: int = 0, unprivileged: bool = False
+    ) -> tuple[int, list[Any]]:
+        pickle.dump((registry.home.root, calls, line, unprivileged), asked)
+        asked.flush()
+        status, outcomes = pickle.load(told)
+        return status, outcomes
+
+    with process:
+        yield ask
+        asked.close()

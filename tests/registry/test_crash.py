@@ -9,61 +9,39 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from operator import methodcaller
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
 
-import fettle.registry
 from fettle.core.artifact import Artifact
 from fettle.core.home import Home
 from fettle.registry import Registry
 
 Make = Callable[..., Artifact]
-SOURCE = str(Path(fettle.registry.__file__).parent)
+Apart = Callable[..., tuple[int, list[Any]]]
 
 
-def killed_at(line: int, act: Callable[[], object]) -> bool:
-    """Run it in a process that sends itself SIGKILL before the given line of registry code it comes to."""
-    pid = os.fork()
-    if pid == 0:
-        seen = 0
-
-        def trace(frame: FrameType, event: str, _: Any) -> Any:
-            nonlocal seen
-            if not frame.f_code.co_filename.startswith(SOURCE):
-                return None
-            seen += event == "line"
-            if seen == line:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return trace
-
-        try:
-            sys.settrace(trace)
-            act()
-        except BaseException:
-            os._exit(1)
-        os._exit(0)
-    status = os.waitpid(pid, 0)[1]
-    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
-    return os.WIFSIGNALED(status)
-
-
-def every_line(prepare: Callable[[], Registry], act: Callable[[Registry], object], *, stride: int) -> list[Registry]:
+def every_line(
+    prepare: Callable[[], Registry], act: Callable[[Registry], object], apart: Apart, *, stride: int
+) -> list[Registry]:
     """The registries left by a kill at every `stride`-th line until one run comes to its end."""
     left = []
     line = 1
     while True:
         registry = prepare()
         left.append(registry)
-        if not killed_at(line, lambda registry=registry: act(registry)):  # type: ignore[misc]
+        status, outcomes = apart(registry, act, line=line)
+        if not os.WIFSIGNALED(status):
+            assert status == 0
+            assert not [outcome for outcome in outcomes if isinstance(outcome, Exception)]
             return left
         line += stride
 
 
 @pytest.mark.slow
-def test_killed_first_put(tmp_path: Path, make_artifact: Make, make_report: Any) -> None:
+def test_killed_first_put(tmp_path: Path, make_artifact: Make, make_report: Any, apart: Apart) -> None:
     artifact, report = make_artifact(), make_report(0.9)
     count = 0
 
@@ -72,7 +50,7 @@ def test_killed_first_put(tmp_path: Path, make_artifact: Make, make_report: Any)
         count += 1
         return Registry(Home(tmp_path / f"home{count}"))
 
-    left = every_line(prepare, lambda registry: registry.put("digits", artifact, reports=[report]), stride=3)
+    left = every_line(prepare, methodcaller("put", "digits", artifact, reports=[report]), apart, stride=3)
     assert len(left) > 50
     whole = 0
     for registry in left:
@@ -92,7 +70,7 @@ def test_killed_first_put(tmp_path: Path, make_artifact: Make, make_report: Any)
 
 
 @pytest.mark.parametrize("action", ["put", "promote", "rollback", "open", "gc"])
-def test_killed_change(tmp_path: Path, make_artifact: Make, action: str) -> None:
+def test_killed_change(tmp_path: Path, make_artifact: Make, apart: Apart, action: str) -> None:
     artifacts = [make_artifact(seed) for seed in range(4)]
     template = Registry(Home(tmp_path / "template"))
     template.put("orphaned", artifacts[3])
@@ -103,11 +81,11 @@ def test_killed_change(tmp_path: Path, make_artifact: Make, action: str) -> None
     template.promote("digits", 2)
     shutil.copytree(tmp_path / "orphans", template.home.blobs, dirs_exist_ok=True)
     acts: dict[str, Callable[[Registry], object]] = {
-        "put": lambda registry: registry.put("digits", artifacts[2]),
-        "promote": lambda registry: registry.promote("digits", 1),
-        "rollback": lambda registry: registry.rollback("digits"),
-        "open": lambda registry: registry.open("digits"),
-        "gc": lambda registry: registry.gc(dry_run=False, age_s=0),
+        "put": methodcaller("put", "digits", artifacts[2]),
+        "promote": methodcaller("promote", "digits", 1),
+        "rollback": methodcaller("rollback", "digits"),
+        "open": methodcaller("open", "digits"),
+        "gc": methodcaller("gc", dry_run=False, age_s=0),
     }
     count = 0
 
@@ -118,7 +96,7 @@ def test_killed_change(tmp_path: Path, make_artifact: Make, action: str) -> None
         return Registry(Home(tmp_path / str(count)))
 
     before = template.history()
-    left = every_line(prepare, acts[action], stride=7)
+    left = every_line(prepare, acts[action], apart, stride=7)
     assert len(left) > 5
     for registry in left:
         assert registry.verify() == []

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import sqlite3
-import sys
 import tempfile
 import threading
-import traceback
 from collections.abc import Callable, Iterator
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +22,7 @@ from fettle.core.home import Home
 from fettle.registry import Registry, database
 
 Make = Callable[..., Artifact]
-
-
-def as_nobody(act: Callable[[], None]) -> None:
-    """Run the assertions in a process without root's rights."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            if os.getuid() == 0:
-                os.setgid(65534)
-                os.setuid(65534)
-            act()
-        except BaseException:
-            traceback.print_exc(file=sys.__stderr__)
-            os._exit(1)
-        os._exit(0)
-    assert os.waitpid(pid, 0)[1] == 0
+Apart = Callable[..., tuple[int, list[Any]]]
 
 
 @pytest.fixture
@@ -58,40 +43,44 @@ def open_home(make_artifact: Make) -> Iterator[Home]:
         shutil.rmtree(root)
 
 
-def test_read_only_home_is_read(open_home: Home) -> None:
-    def act() -> None:
-        registry = Registry(open_home)
-        assert registry.alias_version("digits", "champion") == 1
-        assert registry.get("digits").version == 1
-        assert registry.open("digits").manifest.runtime == "null"
-        assert registry.verify() == []
-        assert registry.gc() == []
+def test_read_only_home_is_read(open_home: Home, apart: Apart) -> None:
+    calls = (
+        methodcaller("alias_version", "digits", "champion"),
+        methodcaller("get", "digits"),
+        methodcaller("open", "digits"),
+        methodcaller("verify"),
+        methodcaller("gc"),
+    )
+    status, outcomes = apart(Registry(open_home), *calls, unprivileged=True)
+    assert status == 0
+    champion, version, artifact, damaged, collected = outcomes
+    assert (champion, version.version, artifact.manifest.runtime, damaged, collected) == (1, 1, "null", [], [])
 
-    as_nobody(act)
 
-
-def test_read_only_home_is_not_written(open_home: Home, make_artifact: Make) -> None:
+def test_read_only_home_is_not_written(open_home: Home, make_artifact: Make, apart: Apart) -> None:
     artifact = make_artifact(1)
     copy = Path(tempfile.mkdtemp()) / "copy"
     shutil.copytree(artifact.root, copy)
     for path in copy.iterdir():
         path.chmod(0o644)
     copy.parent.chmod(0o755)
-
-    def act() -> None:
-        registry = Registry(open_home)
-        with pytest.raises(RegistryError, match=r"cannot store the artifact: Permission denied.*right to write"):
-            registry.put("digits", Artifact.open(copy))
-        with pytest.raises(RegistryError, match="right to write"):
-            registry.put("digits", registry.open("digits"), reports=(), reason="same blobs")
-        with pytest.raises(RegistryError, match="right to write"):
-            registry.promote("digits", 1, alias="canary")
-        assert [version.version for version in registry.versions("digits")] == [1]
-
+    registry = Registry(open_home)
+    calls = (
+        methodcaller("put", "digits", Artifact.open(copy)),
+        methodcaller("put", "digits", registry.open("digits"), reports=(), reason="same blobs"),
+        methodcaller("promote", "digits", 1, alias="canary"),
+        methodcaller("versions", "digits"),
+    )
     try:
-        as_nobody(act)
+        status, (new, same, promoted, versions) = apart(registry, *calls, unprivileged=True)
     finally:
         shutil.rmtree(copy.parent)
+    assert status == 0
+    assert [type(refusal) for refusal in (new, same, promoted)] == [RegistryError] * 3
+    assert re.search(r"cannot store the artifact: Permission denied.*right to write", str(new))
+    assert "right to write" in str(same)
+    assert "right to write" in str(promoted)
+    assert [version.version for version in versions] == [1]
     assert len(Registry(open_home).history()) == 2
 
 
