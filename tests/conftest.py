@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import io
 import json
 import os
@@ -19,6 +21,17 @@ from hypothesis import settings
 # An example that is slow on a busy machine is no fault.
 settings.register_profile("fettle", deadline=None)
 settings.load_profile("fettle")
+
+# Two workers share two cores: threads of torch would only wait for each other. Read by torch as it is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_finish() -> None:
+    """Ten thousand tests and torch live to the end: looking them through for garbage takes a fifth of the suite."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
+
 
 TOML = """
 name = "tiny"
@@ -197,6 +210,17 @@ def eager_only(monkeypatch: pytest.MonkeyPatch, float_in_eager: None) -> None:
     from fettle.runtime.eager import Eager
 
     monkeypatch.setattr("fettle.core.plugins.installed", lambda package, base: {"eager": Eager})
+
+
+@pytest.fixture(scope="session", autouse=True)
+def onnx_functions_once():
+    """torch parses its five hundred ONNX functions anew for every file it writes, which takes longer than the rest."""
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    with pytest.MonkeyPatch.context() as patch:
+        read = functools.cache(ONNXRegistry.from_torchlib.__func__)
+        patch.setattr(ONNXRegistry, "from_torchlib", classmethod(read))
+        yield
 
 
 @pytest.fixture
