@@ -214,7 +214,7 @@ def eager_only(monkeypatch: pytest.MonkeyPatch, float_in_eager: None) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def onnx_functions_once():
-    """torch parses its five hundred ONNX functions anew for every file it writes, which takes longer than the rest."""
+    """torch parses its five hundred ONNX functions anew for every file it writes: half of the time of a small one."""
     from torch.onnx._internal.exporter._registration import ONNXRegistry
 
     with pytest.MonkeyPatch.context() as patch:

@@ -11,6 +11,7 @@ import pickle
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -83,7 +84,7 @@ def main() -> None:
             root, calls, line, unprivileged = pickle.load(sys.stdin.buffer)
         except EOFError:
             return
-        status, given = forked(lambda: child(root, calls, line, unprivileged=unprivileged))  # noqa: B023
+        status, given = forked(partial(child, root, calls, line, unprivileged=unprivileged))
         pickle.dump((status, pickle.loads(given) if given else []), sys.stdout.buffer)
         sys.stdout.buffer.flush()
 
