@@ -57,7 +57,18 @@ def test_a_device_that_cannot_be_is_refused_before_anything_starts(monkeypatch):
         ServeOptions()
 
 
-def test_a_body_must_fit_into_a_frame():
-    assert ServeOptions(max_body_bytes=2**30).max_body_bytes == 2**30
-    with pytest.raises(UsageError, match="max_body_bytes must be at most 1073741824, got 1073741825"):
-        ServeOptions(max_body_bytes=2**30 + 1)
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [
+        ("threads", 1024),
+        ("workers", 1024),
+        ("max_batch_rows", 65536),
+        ("max_body_bytes", 1073741824),
+        ("max_header_bytes", 1073741824),
+    ],
+)
+def test_what_no_machine_could_do_is_refused(name, most):
+    room = {"max_queue_rows": 2**20}
+    assert getattr(ServeOptions(**{**room, name: most}), name) == most
+    with pytest.raises(UsageError, match=f"{name} must be at most {most}, got {most + 1}"):
+        ServeOptions(**{**room, name: most + 1})

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fettle.core.errors import CorruptArtifact, NotRegistered, RegistryError
+from fettle.core.errors import ArtifactError, CorruptArtifact, NotRegistered, RegistryError
 from fettle.serve.fit import BatchTimes
 from fettle.serve.lanes import Mounted
 from fettle.serve.metrics import Metrics
@@ -146,6 +146,18 @@ def test_close_stops_the_thread(make, kit):
     kit.until(lambda: switch.active)
     switch.close(10)
     assert not switch._thread.is_alive()
+
+
+def test_a_load_that_the_end_of_the_server_breaks_off_is_no_failure(shelf, caplog):
+    def mount(served, root):
+        switch._stop.set()  # as `close` does, before the workers go
+        raise ArtifactError("the server is shutting down")
+
+    switch = Switch(shelf, options=ServeOptions(), metrics=Metrics(), mount=mount, on_change=lambda *_: None)
+    switch.start()
+    switch._thread.join(10)
+    assert not switch._thread.is_alive()
+    assert (switch.problem, counts(switch), caplog.records) == (None, (0, 0), [])
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ def split_of(text: str) -> tuple[Reference, float]:
         percent = 0.0
     if not equals or not 0 < percent < 100:
         raise UsageError(
-            f"--split must be NAME@alias=PERCENT or NAME:version=PERCENT, more than 0 and less than 100, got {text!r}"
+            f"split must be NAME@alias=PERCENT or NAME:version=PERCENT, more than 0 and less than 100, got {text!r}"
         )
     return Reference.parse(name), percent
 
@@ -44,13 +44,13 @@ def traffic_of(
     names = [reference.name for reference in references]
     for name in names:
         if names.count(name) > 1:
-            raise UsageError(f"{name} is given twice: share its requests with --split {name}@alias=PERCENT")
-    for option, given in (("--split", [share for share, _ in shares]), ("--shadow", shadowed)):
+            raise UsageError(f"{name} is given twice: share its requests with split {name}@alias=PERCENT")
+    for option, given in (("split", [share for share, _ in shares]), ("shadow", shadowed)):
         for reference in given:
             if reference.name not in names:
                 raise UsageError(f"{option} {reference}: {reference.name} is not served, give it as a model too")
     if sticky is not None and not shares:
-        raise UsageError("--sticky keeps requests with one variant of several: give --split too")
+        raise UsageError("sticky keeps requests with one variant of several: give split too")
     key = None if sticky is None else Sticky.parse(sticky)
     return [
         _one(
@@ -74,7 +74,7 @@ def _one(
 ) -> Traffic:
     rest = 100 - sum(percent for _, percent in shares)
     if rest <= 0:
-        raise UsageError(f"--split must leave something for {reference}, got {100 - rest:g} % for the others")
+        raise UsageError(f"split must leave something for {reference}, got {100 - rest:g} % for the others")
     if len(shadows) > 1:
         raise UsageError(f"a model has one shadow, got {' and '.join(str(shadow) for shadow in shadows)}")
     shared = [(reference, rest), *shares]

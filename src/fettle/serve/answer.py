@@ -1,4 +1,4 @@
-"""The rows that a model answered for one request."""
+"""The rows that a model answered, for one request or for several."""
 
 from __future__ import annotations
 
@@ -17,3 +17,16 @@ class Answer:
     outputs: dict[str, Array]
     probabilities: Array | None = None
     statistics: Array | None = None
+
+    def part(self, start: int, stop: int) -> Answer:
+        """These rows of it, as views.
+
+        >>> import numpy as np
+        >>> Answer(outputs={"y": np.arange(4)}).part(1, 3).outputs
+        {'y': array([1, 2])}
+        """
+        return Answer(
+            outputs={name: array[start:stop] for name, array in self.outputs.items()},
+            probabilities=None if self.probabilities is None else self.probabilities[start:stop],
+            statistics=None if self.statistics is None else self.statistics[start:stop],
+        )

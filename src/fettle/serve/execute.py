@@ -9,9 +9,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import msgspec
 import numpy as np
 
 from fettle.core.signature import Array
@@ -22,7 +21,7 @@ from fettle.serve.binary import format_binary, parse_binary
 from fettle.serve.images import decode_base64, preprocess_into
 from fettle.serve.logs import about
 from fettle.serve.model import LoadedModel, ModelFault, run
-from fettle.serve.prediction import format_prediction, image_spec
+from fettle.serve.prediction import format_predictions, image_spec
 from fettle.serve.protocol import InferCall
 from fettle.serve.refusal import Refusal
 from fettle.serve.wire import MAX_ANSWER_BYTES, Item, Outcome, Work
@@ -31,6 +30,8 @@ _log = logging.getLogger("fettle.serve")
 
 # The bytes of an answer, and how many of them are the JSON part where tensors follow it; 0 where none do.
 Content = tuple[bytes, int]
+
+_UNOBSERVED = Answer(outputs={})
 
 
 @dataclass(slots=True)
@@ -74,41 +75,41 @@ def _packed(result: tuple[Content, Answer] | Refusal | None) -> tuple[Outcome, l
     return Outcome(200, len(content), header_bytes, rows, classes), [content, *observed]
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True)
 class _Ready:
-    """An item whose inputs are read. finish: makes its answer's bytes."""
+    """An item whose inputs are read, so many rows. finish: makes a tensor answer's bytes; images are made together."""
 
     index: int
-    inputs: Mapping[str, Array]
     rows: int
-    finish: Callable[[Answer], Content]
+    finish: Callable[[Answer], Content] | None = None
 
 
 @dataclass(slots=True)
 class _Engine:
     model: LoadedModel
+    work: Work
     max_batch_rows: int
-    observe: bool
-    batch: Batch = field(default_factory=lambda: Batch([]))
+    batch: Batch
 
-    def answer(self, group: Sequence[_Ready], inputs: Mapping[str, Array], items: Sequence[Item]) -> None:
+    def answer(self, group: Sequence[_Ready], inputs: Mapping[str, Array]) -> None:
         """Fill in the results of items that run together. inputs: theirs, one below the other."""
         try:
-            answers = self._infer(group, inputs)
+            whole = self._infer(group, inputs)
         except BaseException as problem:  # a panic in a library written in Rust is no Exception
             if len(group) == 1:
-                self.batch.results[group[0].index] = self._refusal(problem, items[group[0].index])
+                self.refuse(group[0].index, problem)
                 return
+            start = 0
             for one in group:  # one bad item must not fail its neighbors: each gets its own chance
-                self.answer([one], one.inputs, items)
+                self.answer([one], {name: array[start : start + one.rows] for name, array in inputs.items()})
+                start += one.rows
             return
-        for one, answer in zip(group, answers, strict=True):
-            try:
-                self.batch.results[one.index] = (one.finish(answer), answer)
-            except Exception as problem:
-                self.batch.results[one.index] = self._refusal(problem, items[one.index])
+        if self.work.kind == "image":
+            self._finish_images(group, whole)
+        else:
+            self._finish_tensors(group, whole)
 
-    def _infer(self, group: Sequence[_Ready], inputs: Mapping[str, Array]) -> list[Answer]:
+    def _infer(self, group: Sequence[_Ready], inputs: Mapping[str, Array]) -> Answer:
         model = self.model
         started = time.perf_counter()
         outputs = run(model, inputs, max_batch_rows=self.max_batch_rows)
@@ -118,22 +119,34 @@ class _Engine:
         if model.classifies:
             with np.errstate(invalid="ignore"):
                 probabilities = model.signature.probabilities(outputs[model.signature.outputs[0].name])
-                if self.observe and model.row_wise:  # else the rows of the input are not those of the output
+                if self.work.observe and model.row_wise:  # else the rows of the input are not those of the output
                     statistics = input_statistics(inputs[model.signature.inputs[0].name])
-        if len(group) == 1:
-            return [Answer(outputs=outputs, probabilities=probabilities, statistics=statistics)]
-        answers, start = [], 0
+        return Answer(outputs=outputs, probabilities=probabilities, statistics=statistics)
+
+    def _finish_images(self, group: Sequence[_Ready], whole: Answer) -> None:
+        ids = [self.work.items[one.index].request_id for one in group]
+        contents = format_predictions(whole, model=self.model, request_ids=ids)
+        for row, (one, content) in enumerate(zip(group, contents, strict=True)):
+            if isinstance(content, ModelFault):
+                self.refuse(one.index, content)
+            else:
+                own = _UNOBSERVED if whole.statistics is None else whole.part(row, row + 1)
+                self.batch.results[one.index] = (content, 0), own
+
+    def _finish_tensors(self, group: Sequence[_Ready], whole: Answer) -> None:
+        start = 0
         for one in group:
-            part = slice(start, start + one.rows)
+            answer = whole if len(group) == 1 else whole.part(start, start + one.rows)
             start += one.rows
-            answers.append(
-                Answer(
-                    outputs={name: array[part] for name, array in outputs.items()},
-                    probabilities=None if probabilities is None else probabilities[part],
-                    statistics=None if statistics is None else statistics[part],
-                )
-            )
-        return answers
+            assert one.finish is not None
+            try:
+                self.batch.results[one.index] = one.finish(answer), answer
+            except Exception as problem:
+                self.refuse(one.index, problem)
+
+    def refuse(self, index: int, problem: BaseException) -> None:
+        """The item's result is a refusal; what is nobody's fault but ours or the model's is logged too."""
+        self.batch.results[index] = self._refusal(problem, self.work.items[index])
 
     def _refusal(self, problem: BaseException, item: Item) -> Refusal:
         if isinstance(problem, Refusal):
@@ -149,17 +162,17 @@ class _Engine:
 
 def execute(work: Work, payloads: Sequence[memoryview], model: LoadedModel, *, max_batch_rows: int) -> Batch:
     """Answer every item of the batch."""
-    engine = _Engine(model, max_batch_rows, work.observe, Batch([None] * len(payloads)))
+    engine = _Engine(model, work, max_batch_rows, Batch([None] * len(payloads)))
     if work.kind == "image":
-        _images(engine, work, payloads)
+        _images(engine, payloads)
     else:
-        _tensors(engine, work, payloads)
+        _tensors(engine, payloads)
     return engine.batch
 
 
-def _images(engine: _Engine, work: Work, payloads: Sequence[memoryview]) -> None:
+def _images(engine: _Engine, payloads: Sequence[memoryview]) -> None:
     """All images together, decoded into the rows of one array."""
-    model = engine.model
+    model, work = engine.model, engine.work
     spec = image_spec(model)
     name = model.signature.inputs[0].name
     rows = model.runner.empty(name, (len(payloads), *spec.shape))
@@ -167,35 +180,30 @@ def _images(engine: _Engine, work: Work, payloads: Sequence[memoryview]) -> None
     for index, (item, payload) in enumerate(zip(work.items, payloads, strict=True)):
         try:
             content = decode_base64(payload) if item.encoded else payload
-            row = rows[len(group) : len(group) + 1]
-            preprocess_into(content, spec, row[0], max_pixels=work.max_image_pixels)
+            preprocess_into(content, spec, rows[len(group)], max_pixels=work.max_image_pixels)
         except Exception as problem:
-            engine.batch.results[index] = engine._refusal(problem, item)
-            continue
-        group.append(_Ready(index=index, inputs={name: row}, rows=1, finish=_prediction(model, item.request_id)))
+            engine.refuse(index, problem)
+        else:
+            group.append(_Ready(index, 1))
     if group:
-        engine.answer(group, {name: rows[: len(group)]}, work.items)
+        engine.answer(group, {name: rows[: len(group)]})
 
 
-def _prediction(model: LoadedModel, request_id: str) -> Callable[[Answer], Content]:
-    return lambda answer: (msgspec.json.encode(format_prediction(answer, model=model, request_id=request_id)), 0)
-
-
-def _tensors(engine: _Engine, work: Work, payloads: Sequence[memoryview]) -> None:
+def _tensors(engine: _Engine, payloads: Sequence[memoryview]) -> None:
     """Requests of one shape together, as many as the batch may have."""
-    model = engine.model
-    groups: dict[object, list[_Ready]] = {}
+    model, work = engine.model, engine.work
+    groups: dict[object, list[tuple[_Ready, Mapping[str, Array]]]] = {}
     for index, (item, payload) in enumerate(zip(work.items, payloads, strict=True)):
         try:
             call = _call(work, item, payload, model)
         except Exception as problem:
-            engine.batch.results[index] = engine._refusal(problem, item)
+            engine.refuse(index, problem)
             continue
-        ready = _Ready(index=index, inputs=call.inputs, rows=call.rows, finish=_formatted(work, model, call))
+        ready = _Ready(index, call.rows, _formatted(work, model, call))
         # Requests for a model of a fixed size share nothing.
-        groups.setdefault(call.shape if model.row_wise else index, []).append(ready)
+        groups.setdefault(call.shape if model.row_wise else index, []).append((ready, call.inputs))
     for group in groups.values():
-        engine.answer(group, merge([one.inputs for one in group], model.runner.empty), work.items)
+        engine.answer([ready for ready, _ in group], merge([inputs for _, inputs in group], model.runner.empty))
 
 
 def _call(work: Work, item: Item, payload: memoryview, model: LoadedModel) -> InferCall:

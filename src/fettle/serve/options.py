@@ -140,6 +140,9 @@ class ServeOptions:
         for name in _AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, most in _AT_MOST.items():
+            if getattr(self, name) > most:
+                raise UsageError(f"{name} must be at most {most}, got {getattr(self, name)}")
         for name in _SECONDS:
             value = getattr(self, name)
             if value is None:
@@ -148,9 +151,6 @@ class ServeOptions:
                 raise UsageError(f"{name} must be a positive number of seconds, at most {_MOST_SECONDS}, got {value}")
         if self.log_format not in FORMATS:
             raise UsageError(f"log_format must be one of {', '.join(FORMATS)}, got {self.log_format!r}")
-        for name in ("max_body_bytes", "max_header_bytes"):
-            if getattr(self, name) > MAX_ALONE_BYTES:
-                raise UsageError(f"{name} must be at most {MAX_ALONE_BYTES}, got {getattr(self, name)}")
         if self.max_queue_rows < self.max_batch_rows:
             raise UsageError(
                 f"max_queue_rows must be at least max_batch_rows, got {self.max_queue_rows} < {self.max_batch_rows}"
@@ -172,6 +172,11 @@ _AT_LEAST_ONE = (
     "threads", "workers", "max_batch_rows", "max_queue_rows", "max_queue_bytes", "max_body_bytes", "max_image_pixels",
     "max_connections", "max_header_bytes", "max_headers", "shadow_rows", "log_rows", "log_queue_rows",
 )  # fmt: skip
+# Beyond these no machine could do as it was told: a batch of the largest size is run before a version answers.
+_AT_MOST = {
+    "threads": 1024, "workers": 1024, "max_batch_rows": 2**16, "max_body_bytes": MAX_ALONE_BYTES,
+    "max_header_bytes": MAX_ALONE_BYTES,
+}  # fmt: skip
 _SECONDS = (
     "promise_s", "idle_timeout_s", "header_timeout_s", "body_timeout_s", "request_timeout_s", "worker_timeout_s",
     "load_timeout_s", "grace_s", "drain_timeout_s", "poll_s", "retry_s", "log_flush_s",

@@ -125,8 +125,8 @@ class Switch:
         self._on_change(model, before)
 
     def _failed(self, version: int | None, problem: Exception) -> None:
-        """Count and tell each failed load; a source that cannot be asked is told of once."""
-        if version is None and self.problem is not None:
+        """Count and tell each failed load; a source that cannot be asked is told of once, and an end is no failure."""
+        if self._stop.is_set() or (version is None and self.problem is not None):
             return
         what = f"version {version} was refused" if version is not None else "the source cannot be asked"
         self.problem, self.refused = f"{what}: {reason_of(problem)}", version
