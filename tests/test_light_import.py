@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-HEAVY = ("torch", "onnx", "onnxscript", "matplotlib", "sklearn", "openvino")
+HEAVY = ("torch", "onnx", "onnx_ir", "onnxscript", "matplotlib", "sklearn", "openvino")
 LIGHT = (
     "fettle",
     "fettle.__main__",

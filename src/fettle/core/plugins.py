@@ -21,6 +21,7 @@ T = TypeVar("T")
 _EXTRAS = {
     "torch": "optimize",
     "onnx": "optimize",
+    "onnx_ir": "optimize",
     "onnxscript": "optimize",
     "matplotlib": "optimize",
     "openvino": "openvino",

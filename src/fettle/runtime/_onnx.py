@@ -11,6 +11,7 @@ import torch
 
 from fettle.core.errors import ExportError
 from fettle.core.signature import Signature
+from fettle.runtime._onnx_integers import suit_integer_kernels
 from fettle.runtime._operations import with_kernels
 
 FILE = "model.onnx"
@@ -47,6 +48,8 @@ def write_onnx(
             onnx = torch.onnx.export(program, dynamo=True, verbose=False, input_names=inputs, output_names=outputs)
             assert onnx is not None
             _forget_sources(onnx.model)
+            if runtime == "onnxruntime":
+                suit_integer_kernels(onnx.model.graph)
             onnx.save(path, external_data=False)
     except Exception as problem:
         first = next((line for line in str(problem).splitlines() if line.strip()), type(problem).__name__)
