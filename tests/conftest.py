@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import typing
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -229,6 +230,22 @@ def onnx_functions_once():
     with pytest.MonkeyPatch.context() as patch:
         read = functools.cache(ONNXRegistry.from_torchlib.__func__)
         patch.setattr(ONNXRegistry, "from_torchlib", classmethod(read))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def operations_once():
+    """For each export torch lists the operations of every namespace anew, and writes 11,000 types that nobody reads.
+
+    One list is enough, and `typing` remembers its types where `collections.abc` makes them anew: 40 ms less of 150 to
+    400.
+    """
+    import torch  # most tests do without
+    from torch._export import utils
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utils, "_materialize_cpp_cia_ops", functools.cache(utils._materialize_cpp_cia_ops))
+        patch.setattr(torch._ops, "Callable", typing.Callable)
         yield
 
 
