@@ -54,9 +54,8 @@ def test_the_function_stays_the_same(case):
 
 @every
 def test_layers_keep_their_names_for_the_steps_after(case):
-    model = case.build()
-    graph = CrossLayerEqualization().apply(model, context_for(case))
-    before, after = capture(model, case.data(rows=2)), capture(graph, case.data(rows=2))
+    graph = CrossLayerEqualization().apply(captured(case), context_for(case))
+    before, after = captured(case), capture(graph, case.data(rows=2))
     for each in (before, after):
         prepare(each)
     named = [[layer_of(node) for node in each.graph.nodes if node.target in LAYERS] for each in (before, after)]

@@ -59,11 +59,10 @@ def test_the_function_stays_the_same(case, convolutions):
 @pytest.mark.parametrize("name", ["norm_first", "norm_last", "mlp", "two_inputs"])
 def test_layers_keep_their_names_for_the_steps_after(name):
     case = CASES[name]
-    model = case.build()
-    graph = SmoothQuant().apply(model, context_for(case))
+    graph = SmoothQuant().apply(captured(case), context_for(case))
     before, after = (
-        [layer_of(node) for node in capture(m, case.data(rows=2)).graph.nodes if node.target in LAYERS]
-        for m in (model, graph)
+        [layer_of(node) for node in each.graph.nodes if node.target in LAYERS]
+        for each in (captured(case), capture(graph, case.data(rows=2)))
     )
     assert before == after
 
