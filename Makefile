@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+TWO_CORES := -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test soak check coverage format tables kserve clean
 
@@ -9,7 +10,7 @@ demo: $(VENV)/.installed
 	$(BIN)/fettle demo
 
 test: $(VENV)/.installed kserve check
-	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=15
+	$(BIN)/python -m pytest $(TWO_CORES) --durations=15
 
 # Five minutes of service under light load, in which nothing may be lost and nothing may grow.
 soak: $(VENV)/.installed
@@ -17,7 +18,7 @@ soak: $(VENV)/.installed
 
 # Apart from `test`: counting lines makes the tests a third slower.
 coverage: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term:skip-covered
+	$(BIN)/python -m pytest $(TWO_CORES) --cov --cov-report=term:skip-covered
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import warnings
 
 import pytest
@@ -13,10 +14,14 @@ from fettle.testing.steps import answers
 every = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
+@functools.cache
+def graph_of(case):
+    return capture(case.build(), case.data(rows=1))
+
+
 @every
 def test_the_graph_answers_as_the_model_at_any_batch_size(case):
-    model = case.build()
-    graph = capture(model, case.data(rows=1))
+    model, graph = case.build(), graph_of(case)
     for rows in (1, 3):
         for want, have in zip(answers(model, case.data(rows=rows)), answers(graph, case.data(rows=rows)), strict=True):
             torch.testing.assert_close(have, want, atol=1e-5, rtol=1e-5)
@@ -24,8 +29,7 @@ def test_the_graph_answers_as_the_model_at_any_batch_size(case):
 
 @every
 def test_no_in_place_operation_is_left(case):
-    graph = capture(case.build(), case.data(rows=2))
-    for node in graph.graph.nodes:
+    for node in graph_of(case).graph.nodes:
         if isinstance(node.target, torch._ops.OpOverload):
             assert not node.target._schema.is_mutable, node.target
 
@@ -102,8 +106,7 @@ def test_a_forward_of_any_number_of_inputs_is_captured():
 
 
 def test_layers_are_named():
-    case = CASES["residual"]
-    graph = capture(case.build(), case.data(rows=2))
+    graph = graph_of(CASES["residual"])
     names = {layer_of(node) for node in graph.graph.nodes if node.target == torch.ops.aten.conv2d.default}
     assert names == {"stem", "conv1", "conv2"}
 
@@ -116,7 +119,7 @@ def test_torch_warnings_stay_inside():
 
 
 def test_names_of_layers_are_checked():
-    graph = capture(CASES["mlp"].build(), CASES["mlp"].data(rows=2))
+    graph = graph_of(CASES["mlp"])
     layers = [node for node in graph.graph.nodes if node.target == torch.ops.aten.linear.default]
     check_layer_names(layers, ("0", "4"))
     with pytest.raises(UsageError, match="keep_float must be a tuple of names, got the string '0'"):
@@ -127,7 +130,7 @@ def test_names_of_layers_are_checked():
 
 
 def test_the_name_of_a_module_stands_for_the_layers_in_it():
-    graph = capture(CASES["norm_first"].build(), CASES["norm_first"].data(rows=2))
+    graph = graph_of(CASES["norm_first"])
     layers = [node for node in graph.graph.nodes if node.target == torch.ops.aten.linear.default]
     named = [layer_of(node) for node in layers if is_named(node, ("layer.self_attn", "head"))]
     assert named == ["layer.self_attn.in_proj", "layer.self_attn.out_proj", "head"]

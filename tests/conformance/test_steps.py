@@ -11,8 +11,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from torch.utils._pytree import tree_structure
 
 import fettle.compress
+from fettle.compress.capture import capture
 from fettle.compress.quantize.post_training import PostTraining
 from fettle.compress.step import Context, Step
 from fettle.testing import steps
@@ -57,9 +59,11 @@ class Bad(Step):
 
     def apply(self, model: torch.nn.Module, context: Context) -> torch.nn.Module:
         changed = model if self.fault == "in place" else copy.deepcopy(model)
+        if self.fault == "noise in a graph":
+            changed = capture(model, context.example)
         with torch.no_grad():
             for parameter in changed.parameters():
-                if self.fault == "global generator":
+                if self.fault in ("global generator", "noise in a graph"):
                     parameter.add_(torch.randn_like(parameter))
                 elif self.fault == "wrong answers":
                     parameter.copy_(-parameter.abs())
@@ -71,7 +75,7 @@ class Bad(Step):
             model.train()
         if self.fault == "python generator":
             random.random()
-        return changed.eval() if self.fault != "in place" else changed
+        return changed if self.fault in ("in place", "noise in a graph") else changed.eval()
 
 
 @pytest.mark.parametrize(
@@ -82,6 +86,7 @@ class Bad(Step):
         ("global generator", steps.leaves_global_state_untouched),
         ("python generator", steps.leaves_global_state_untouched),
         ("global generator", steps.repeats_itself),
+        ("noise in a graph", steps.repeats_itself),
         ("", steps.shrinks),
         ("drops an output", steps.keeps_inputs_and_outputs),
         ("wrong answers", steps.agrees_with_the_original),
@@ -90,6 +95,41 @@ class Bad(Step):
 def test_the_kit_catches_a_bad_step(fault, check):
     with pytest.raises(AssertionError):
         check(Bad(fault=fault))
+
+
+def clamp_of(graph):
+    return next(node for node in graph.graph.nodes if node.target is torch.ops.aten.clamp.default)
+
+
+CHANGES = {
+    "one bit": lambda graph: graph.get_buffer("norm.running_var").view(torch.int32).bitwise_xor_(1),
+    "a tensor that no state holds": lambda graph: graph.lifted_tensor_0.neg_(),
+    "an argument": lambda graph: clamp_of(graph).update_arg(2, 5.5),
+    "a type": lambda graph: clamp_of(graph).meta.update(val=torch.ones(2, 2)),
+    "the form of the output": lambda graph: setattr(graph, "_out_spec", tree_structure([0])),
+    "the code": lambda graph: (clamp_of(graph).replace_all_uses_with(clamp_of(graph).args[0]), graph.recompile()),
+}
+
+
+class Shifted(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = torch.nn.BatchNorm1d(2)
+
+    def forward(self, x):
+        return self.norm(x).clamp(0.0, 6.0) + torch.tensor([1.0, 2.0])
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_the_content_of_a_graph_is_other_after_any_change(change):
+    graph = capture(Shifted().eval(), (torch.ones(2, 2),))
+    before = steps.content_of_graph(graph)
+    assert before is not None
+    other = capture(graph, (torch.ones(2, 2),))
+    assert steps.content_of_graph(other) == before
+    change(other)
+    assert steps.content_of_graph(other) != before
+    assert steps.content_of_graph(graph) == before
 
 
 class Forgetful(PostTraining):

@@ -201,7 +201,7 @@ class _Timing:
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
     was_on = gc.isenabled()
-    gc.collect()
+    gc.collect(1)  # what torch and its like hold lives on: looking that through takes a quarter of a second
     gc.disable()
     try:
         yield

@@ -12,16 +12,17 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import operator
 import random
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.export import ExportedProgram
 
-from fettle.compress.capture import capture, export_program
+from fettle.compress.capture import as_deployed, capture, export_program
 from fettle.compress.step import Context, Step, Tensors
 from fettle.core import codec, plugins
 from fettle.core.recipe import StepSpec
@@ -116,7 +117,7 @@ def repeats_itself(step: Step) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)  # another than that of the first
             again = apply(step, case, ready(step, case))
-        first, second = (content(export_program(each, case.data(rows=2))) for each in (_applied(step, case), again))
+        first, second = (_content_of(each, case) for each in (_applied(step, case), again))
         for part, value in first.items():
             assert second.get(part) == value, f"{case.name}: the same work must give the same file, not other {part}"
         assert list(second) == list(first), f"{case.name}: the same work must give the same file, with no more tensors"
@@ -198,18 +199,70 @@ def content(program: ExportedProgram) -> dict[str, object]:
     >>> list(content(export_program(model, (torch.ones(2, 2),))))
     ['graph', 'types', 'signature', 'bounds', 'tensor weight', 'tensor bias']
     """
-    graphs = (module.graph for module in program.graph_module.modules() if isinstance(module, torch.fx.GraphModule))
-    nodes = [node for graph in graphs for node in graph.nodes]
-    found: dict[str, object] = {
+    bounds = {"signature": repr(program.graph_signature), "bounds": repr(program.range_constraints)}
+    return _operations(program.graph_module) | bounds | _bytes_of({**program.state_dict, **program.constants})
+
+
+def content_of_graph(graph: torch.fx.GraphModule) -> dict[str, object] | None:
+    """As `content`, without the export that takes a second; None where the graph calls what only an export looks into.
+
+    >>> graph = capture(torch.nn.Linear(2, 1), (torch.ones(2, 2),))
+    >>> list(content_of_graph(graph))
+    ['graph', 'types', 'code', '_in_spec', '_out_spec', 'tensor weight', 'tensor bias']
+    >>> content_of_graph(torch.fx.symbolic_trace(torch.nn.Linear(2, 1))) is None  # Python's own function
+    True
+    """
+    tensors: dict[str, object] = {**dict(graph.named_parameters()), **dict(graph.named_buffers())}
+    for prefix, module in _graphs(graph):
+        for node in module.graph.nodes:
+            if node.op == "get_attr":
+                tensors[f"{prefix}{node.target}"] = operator.attrgetter(node.target)(module)
+            elif node.op not in ("placeholder", "output") and not _says_all(node.target):
+                return None
+    plain = {name: value for name, value in tensors.items() if isinstance(value, torch.Tensor)}
+    if any(not isinstance(tensors[name], torch.fx.GraphModule) for name in tensors.keys() - plain.keys()):
+        return None
+    parts = ("code", "_in_spec", "_out_spec")
+    forms = {part: [repr(getattr(module, part, None)) for _, module in _graphs(graph)] for part in parts}
+    return _operations(graph) | forms | _bytes_of(plain)
+
+
+def _says_all(target: object) -> bool:
+    """Whether the name says what is called: an operation that is registered with torch, or arithmetic on sizes."""
+    registered = isinstance(target, torch._ops.OpOverload | torch._ops.HigherOrderOperator)
+    return registered or getattr(target, "__module__", "") == "_operator"
+
+
+def _content_of(model: torch.nn.Module, case: Case) -> dict[str, object]:
+    """The content of what is deployed for the model, exported only where that must be."""
+    deployed = as_deployed(model)
+    found = content_of_graph(deployed) if isinstance(deployed, torch.fx.GraphModule) else None
+    return content(export_program(deployed, case.data(rows=2))) if found is None else found
+
+
+def _graphs(module: torch.nn.Module) -> list[tuple[str, torch.fx.GraphModule]]:
+    """The graph and those it holds, by the prefix of their names."""
+    found = module.named_modules()
+    return [(f"{name}." if name else "", each) for name, each in found if isinstance(each, torch.fx.GraphModule)]
+
+
+def _operations(module: torch.fx.GraphModule) -> dict[str, object]:
+    nodes = [node for _, graph in _graphs(module) for node in graph.graph.nodes]
+    return {
         "graph": [(node.op, node.name, str(node.target), repr(node.args), repr(node.kwargs)) for node in nodes],
         "types": [repr(node.meta.get("val")) for node in nodes],
-        "signature": repr(program.graph_signature),
-        "bounds": repr(program.range_constraints),
     }
-    for name, tensor in (*program.state_dict.items(), *program.constants.items()):
-        data = tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        found[f"tensor {name}"] = str(tensor.dtype), tuple(tensor.shape), data
-    return found
+
+
+def _bytes_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, object]:
+    return {
+        f"tensor {name}": (
+            str(tensor.dtype),
+            tuple(tensor.shape),
+            tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes(),
+        )
+        for name, tensor in tensors.items()
+    }
 
 
 def _chosen() -> list[Case]:

@@ -15,7 +15,6 @@ from fettle.compress.quantize.graph.channels import LAYERS
 from fettle.compress.quantize.graph.prepare import prepare
 from fettle.compress.step import Context, Step
 from fettle.core.errors import CaptureError, DataError, UsageError
-from fettle.testing import steps
 from fettle.testing.models import CASES, FixedBatch
 from fettle.testing.steps import answers, captured, context_for
 
@@ -55,20 +54,12 @@ def test_the_function_stays_the_same(case):
 
 @every
 def test_layers_keep_their_names_for_the_steps_after(case):
-    model = case.build()
-    graph = CrossLayerEqualization().apply(model, context_for(case))
-    before, after = capture(model, case.data(rows=2)), capture(graph, case.data(rows=2))
+    graph = CrossLayerEqualization().apply(captured(case), context_for(case))
+    before, after = captured(case), capture(graph, case.data(rows=2))
     for each in (before, after):
         prepare(each)
     named = [[layer_of(node) for node in each.graph.nodes if node.target in LAYERS] for each in (before, after)]
     assert named[0] == named[1]
-
-
-@pytest.mark.parametrize(
-    "check", [check for check in steps.CHECKS if check is not steps.shrinks], ids=lambda check: check.__name__
-)
-def test_it_conforms(check):
-    check(CrossLayerEqualization())
 
 
 def test_it_is_found_by_its_file_and_changes_no_precision():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -48,12 +50,23 @@ def session(path, optimized):
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A function: case -> its model with all layers quantized, the file of it, and what the file holds."""
+
+    @functools.cache
+    def of(case):
+        quantized, path = quantize(case), tmp_path_factory.mktemp(case.name) / "model.onnx"
+        return quantized, path, write(quantized, case, path)
+
+    return of
+
+
 @every
-def test_the_file_is_integer_and_answers_as_the_simulation_and_as_float(case, tmp_path):
+def test_the_file_is_integer_and_answers_as_the_simulation_and_as_float(case, whole, tmp_path):
     model, data = case.build(), case.data(rows=64, seed=5)
-    quantized = quantize(case)
-    written = write(quantized, case, tmp_path / "model.onnx")
-    run = session(tmp_path / "model.onnx", tmp_path / "optimized.onnx")
+    quantized, path, written = whole(case)
+    run = session(path, tmp_path / "optimized.onnx")
     found = run.run(None, {f"input_{index}": tensor.numpy() for index, tensor in enumerate(data)})
     for want, simulated, have in zip(answers(model, data), answers(quantized, data), found, strict=True):
         assert similarity(want, simulated) > 0.99
@@ -72,9 +85,9 @@ def test_the_file_is_integer_and_answers_as_the_simulation_and_as_float(case, tm
 
 
 @pytest.mark.parametrize("name", ["shared_relu", "residual", "grouped", "relu6", "pooled"])
-def test_biases_are_int32_and_weights_int8(name, tmp_path):
+def test_biases_are_int32_and_weights_int8(name, whole):
     case = CASES[name]
-    written = write(quantize(case), case, tmp_path / "model.onnx")
+    written = whole(case)[2]
     kinds = {tensor.name: tensor.data_type for tensor in written.graph.initializer}
     biases = [kind for key, kind in kinds.items() if "bias" in key and not key.endswith(("_scale", "_zero"))]
     assert biases.count(onnx.TensorProto.INT32) == case.anchors
@@ -214,8 +227,8 @@ def test_inputs_that_are_always_zero_do_not_break_it():
 
 
 @every
-def test_nothing_is_kept_that_no_node_reads(case):
-    quantized = quantize(case).lowered()
+def test_nothing_is_kept_that_no_node_reads(case, whole):
+    quantized = whole(case)[0].lowered()
     read = {str(node.target) for node in quantized.graph.nodes if node.op == "get_attr"}
     assert set(quantized.state_dict()) <= read
 
