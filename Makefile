@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Tests start hundreds of processes: where this is set each of them compiles every file anew.
+unexport PYTHONDONTWRITEBYTECODE
 TWO_CORES := -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test soak check coverage format tables kserve clean
