@@ -9,7 +9,8 @@ their own, and who has no way to take raw tensors is not in that table).
 Closed loop: 1 and 32 connections, each sending its next request when it has its answer (wrk where it is installed:
 apt-get install -y wrk). Open loop: Poisson arrivals at multiples of what the closed loop has reached, latency from
 when a request was due. Every system is started anew in each round and ended with SIGTERM; rounds are interleaved,
-figures are medians over them. Beside them: what two processes decode and infer without any server.
+figures are medians over them. Just before and after fettle's turns: what two processes decode and infer without any
+server.
 
 Peers are installed into `.peers/` on first use, or all with --install-peers.
 """

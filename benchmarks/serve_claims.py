@@ -66,10 +66,10 @@ def claim_fast(findings: Findings, ours: set[str], kind: str) -> Claim:
 def claim_near_limit(findings: Findings, kind: str) -> Claim:
     """How much of the cores is left for the work itself."""
     statement = f"{TITLES[kind]}: at least {SHARE_OF_LIMIT:.0%} of what decoding and inference alone allow"
-    limit = findings.limit(kind)
-    if not limit or not findings.of(OURS, kind):
+    share = findings.share(OURS, kind)
+    if share is None:
         return Claim(statement, holds=False, figures=f"{kind}: fettle or the limit was not measured")
-    share = findings.per_s(OURS, kind) / limit
+    limit = statistics.median(findings.limit(kind))
     return Claim(statement, holds=share >= SHARE_OF_LIMIT, figures=f"{kind}: {share:.0%} of the limit of {limit:.0f}/s")
 
 

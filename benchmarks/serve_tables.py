@@ -26,9 +26,8 @@ def tabulate_load(findings: Findings, kind: str, *, note: str, rounds: int) -> T
     for name in findings.turns:
         if found := findings.of(name, kind):
             rows.append((name, *_load_cells(found)))
-    if (limit := findings.limit(kind)) is not None:
-        rates = findings.limits[kind]
-        cell = f"{limit:.0f} ({min(rates):.0f}–{max(rates):.0f})"
+    if rates := findings.limit(kind):
+        cell = f"{statistics.median(rates):.0f} ({min(rates):.0f}–{max(rates):.0f})"
         rows.append((LIMIT, cell, *["–"] * 7))
     title = f"int8 ResNet-20 as a service, {TITLES[kind]}: {note}, closed loop, two cores shared with the load, "
     title += f"median of {rounds} round{'s' * (rounds > 1)}{_doubt(findings)}"

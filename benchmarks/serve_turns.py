@@ -9,13 +9,14 @@ import statistics
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from serve_peers.compute import measure_limit
 from serve_peers.generators import Load, drive, generate
 from serve_peers.open_loop import OpenLoad, drive_open
 from serve_peers.processes import Ending, Server, ServerFailed, busy_s
-from serve_peers.systems import Field, System
+from serve_peers.systems import OURS, Field, System
 
 FEW, MANY = 1, 32
 READY_LIMIT_S = 60.0
@@ -132,10 +133,13 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """All turns by system, and by kind of request the rows a second without a server, round by round."""
+    """All turns by system; and by kind of request and rows in a batch, round by round, the rows a second of no server.
+
+    Of each round that is the mean of before and after fettle's turn: a host's speed may change within a minute.
+    """
 
     turns: dict[str, list[Turn]]
-    limits: dict[str, list[float]] = field(default_factory=dict)
+    limits: dict[str, dict[int, list[float]]] = field(default_factory=dict)
 
     def kinds(self) -> list[str]:
         """The kinds of request that anyone was asked."""
@@ -154,9 +158,15 @@ class Findings:
         """Median of the 99th percentiles at 32 connections."""
         return statistics.median(part.many.p99_ms for part in self.of(name, kind))
 
-    def limit(self, kind: str) -> float | None:
-        """Median rows a second without a server."""
-        return statistics.median(self.limits[kind]) if self.limits.get(kind) else None
+    def limit(self, kind: str) -> list[float]:
+        """Rows a second without a server, round by round, in the batches that are best by their median."""
+        return max(self.limits.get(kind, {}).values(), key=statistics.median, default=[])
+
+    def share(self, name: str, kind: str) -> float | None:
+        """Median over the rounds of this system's answers at 32 connections, of what the round allowed no server."""
+        pairs = zip(self.of(name, kind), self.limit(kind), strict=False)  # one that failed later has no more limits
+        shares = [part.many.per_s / limit for part, limit in pairs]
+        return statistics.median(shares) if shares else None
 
 
 def measure(
@@ -165,27 +175,44 @@ def measure(
     """Round after round, everyone in turn, and another one first each time. Who fails once is out, and is named."""
     systems = competitors.systems
     turns: dict[str, list[Turn]] = {system.name: [] for system in systems}
-    limits: dict[str, list[float]] = {}
+    limits: dict[str, dict[int, list[float]]] = {}
     for number in range(effort.rounds):
-        if competitors.artifact is not None and LIMIT not in missing:
-            try:
-                found = measure_limit(
-                    competitors.artifact, folder, kinds=kinds, processes=len(cores), seconds=effort.limit_s
-                )
-            except (OSError, ValueError) as problem:
-                missing[LIMIT] = f"round {number + 1}: {problem}"
-                found = {}
-            for kind, per_s in found.items():
-                limits.setdefault(kind, []).append(per_s)
         start = number % len(systems) if systems else 0
         for system in [*systems[start:], *systems[:start]]:
             if system.name in missing:
                 continue
+            alone = partial(measure_alone, competitors, system, folder, kinds=kinds, effort=effort, cores=cores)
+            before = alone(missing=missing)
             try:
                 turns[system.name].append(take_turn(system, folder, effort=effort, cores=cores))
             except (ServerFailed, OSError, ValueError, subprocess.SubprocessError) as problem:
                 missing[system.name] = f"round {number + 1}: {problem}"
+                continue
+            for kind, found in alone(missing=missing).items():
+                for rows, per_s in found.items():
+                    mean = (before[kind][rows] + per_s) / 2
+                    limits.setdefault(kind, {}).setdefault(rows, []).append(mean)
     return Findings({name: found for name, found in turns.items() if name not in missing}, limits)
+
+
+def measure_alone(
+    competitors: Field,
+    system: System,
+    folder: Path,
+    *,
+    kinds: Sequence[str],
+    effort: Effort,
+    cores: set[int],
+    missing: dict[str, str],
+) -> dict[str, dict[int, float]]:
+    """What decoding and inference alone reach just now; {} beside another than fettle, and once it has failed."""
+    if system.name != OURS or competitors.artifact is None or LIMIT in missing:
+        return {}
+    try:
+        return measure_limit(competitors.artifact, folder, kinds=kinds, processes=len(cores), seconds=effort.limit_s)
+    except (OSError, ValueError) as problem:
+        missing[LIMIT] = str(problem)
+        return {}
 
 
 def take_turn(system: System, folder: Path, *, effort: Effort, cores: set[int]) -> Turn:

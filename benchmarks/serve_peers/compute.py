@@ -85,8 +85,8 @@ def bodies_in(path: Path) -> Iterator[bytes]:
 
 def measure_limit(
     artifact: Path, folder: Path, *, kinds: tuple[str, ...], processes: int, seconds: float
-) -> dict[str, float]:
-    """Rows a second by kind, all processes together, at the batch that is best for it."""
+) -> dict[str, dict[int, float]]:
+    """Rows a second by kind and rows in a batch, all processes together."""
     command = [sys.executable, __file__, str(artifact), str(folder)]
     with ExitStack() as stack:
         workers = [
@@ -97,16 +97,16 @@ def measure_limit(
         ]
         for worker in workers:
             _hear(worker)
-        best: dict[str, float] = {}
+        found: dict[str, dict[int, float]] = {kind: {} for kind in kinds}
         for kind in kinds:
             for size in BATCHES:
                 for worker in workers:
                     _tell(worker, f"{kind} {size} {seconds}\n")
-                best[kind] = max(best.get(kind, 0.0), sum(float(_hear(worker)) for worker in workers))
+                found[kind][size] = sum(float(_hear(worker)) for worker in workers)
         for worker in workers:
             assert worker.stdin is not None
             worker.stdin.close()
-    return best
+    return found
 
 
 def _tell(worker: subprocess.Popen[str], line: str) -> None:

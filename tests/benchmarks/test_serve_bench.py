@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -163,13 +163,23 @@ def test_nothing_judged_is_nothing_right(turns: ModuleType, claims: ModuleType) 
         assert not claims.claim_right(turns.Findings(found), OURS).holds
 
 
-@pytest.mark.parametrize(("limit", "holds"), [([1000.0, 1428.0, 9000.0], True), ([1430.0], False), ([], False)])
+@pytest.mark.parametrize(
+    ("limits", "holds"),
+    [
+        pytest.param({8: [1000.0, 1428.0, 9000.0]}, True, id="two of three rounds"),
+        pytest.param({8: [1430.0, 1430.0, 1000.0]}, False, id="one of three rounds"),
+        pytest.param({8: [1428.0] * 3, 16: [1400.0, 1400.0, 9000.0]}, True, id="the batch best by its median"),
+        pytest.param({8: [1400.0] * 3, 16: [1430.0] * 3}, False, id="the larger batch is better"),
+        pytest.param({8: [1428.0]}, True, id="no limit in later rounds"),
+        pytest.param({}, False, id="no limit"),
+    ],
+)
 def test_the_limit_claim_needs_seven_tenths_of_what_the_cores_could_do(
-    turns: ModuleType, claims: ModuleType, limit: list[float], holds: bool
+    turns: ModuleType, claims: ModuleType, limits: dict[int, list[float]], holds: bool
 ) -> None:
-    found = turns.Findings({"fettle": [turn(turns, 1000)]}, {"image": limit})
+    found = turns.Findings({"fettle": [turn(turns, 1000)] * 3}, {"image": limits})
     assert claims.claim_near_limit(found, "image").holds is holds
-    assert not claims.claim_near_limit(turns.Findings({}, {"image": limit}), "image").holds
+    assert not claims.claim_near_limit(turns.Findings({}, {"image": limits}), "image").holds
 
 
 @pytest.mark.parametrize(
@@ -208,7 +218,7 @@ def test_tables_have_a_row_for_each_system_and_the_spread_of_its_rounds(turns: M
             "fettle": [turn(turns, rate, opened=[opened(turns)]) for rate in (900, 1000, 1300)],
             "peer": [turn(turns, parts=slow)],
         },
-        {"image": [4000.0, 6000.0]},
+        {"image": {8: [4000.0, 6000.0], 16: [100.0, 9000.0]}},
     )
     closed, cost, beyond = tables.tables(found, note="noise", rounds=3)
     assert closed.rows[0][:2] == ("fettle", "1000 (900–1300)")
@@ -219,6 +229,42 @@ def test_tables_have_a_row_for_each_system_and_the_spread_of_its_rounds(turns: M
     assert cost.rows[1] == ("peer", "1.50", "1", "0.50", "0.60", "ended, code 0", "0.00")
     assert [row[:6] for row in beyond.rows] == [("fettle", "2 ×", "2000", "900", "90%", "55.0%")]
     assert tables.tables(turns.Findings({}), note="noise", rounds=1)[0].rows == ()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_limits_are_measured_on_both_sides_of_fettles_turns(
+    turns: ModuleType, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    said: list[str] = []
+
+    def measure_limit(*_: object, **__: object) -> dict[str, dict[int, float]]:
+        said.append("limit")
+        if fails and len(said) > 4:
+            raise ValueError("a process was killed")
+        return {"image": {8: 1000.0 * len(said), 16: 1.0}}
+
+    def take_turn(system: Any, *_: object, **__: object) -> Any:
+        said.append(system.name)
+        return turn(turns)
+
+    monkeypatch.setattr(turns, "measure_limit", measure_limit)
+    monkeypatch.setattr(turns, "take_turn", take_turn)
+    everyone = SimpleNamespace(
+        systems=[SimpleNamespace(name="fettle"), SimpleNamespace(name="peer")], artifact=Path("artifact")
+    )
+    missing: dict[str, str] = {}
+    found = turns.measure(
+        everyone, Path(), kinds=("image",), effort=replace(turns.QUICK, rounds=2), cores={0}, missing=missing
+    )
+    assert [len(each) for each in found.turns.values()] == [2, 2]
+    around = ["limit", "fettle", "limit"]
+    if fails:
+        assert said == [*around, "peer", "peer", "limit", "fettle"]
+        assert missing == {turns.LIMIT: "a process was killed"}
+        assert found.limits == {"image": {8: [2000.0], 16: [1.0]}}
+    else:
+        assert said == [*around, "peer", "peer", *around]
+        assert found.limits == {"image": {8: [2000.0, 7000.0], 16: [1.0, 1.0]}}
 
 
 @pytest.mark.parametrize(("elsewhere", "told"), [(0.0, False), (0.05, False), (0.1, True), (1.3, True)])
@@ -323,7 +369,7 @@ def test_a_turn_of_fettle_itself_on_invented_weights(
     assert field.artifact is not None
     limit = compute.measure_limit(field.artifact, tmp_path, kinds=kinds, processes=2, seconds=0.05)
     assert limit.keys() == set(kinds)
-    assert all(rows > 0 for rows in limit.values())
+    assert all(per_s > 0 for found in limit.values() for per_s in found.values())
 
 
 def in_process(generators: ModuleType) -> Callable[..., Any]:
