@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from fettle.core.signature import Signature, TensorSpec
 from fettle.serve import wire
 from fettle.serve.dispatch import _AIM as AIM
+from fettle.serve.dispatch import _TURNS as TURNS
 from fettle.serve.dispatch import Dispatcher
 from fettle.serve.fit import BatchTimes
 from fettle.serve.jobs import Job, Result
@@ -182,7 +183,7 @@ class Bench:
 
 async def turn():
     """Let the loop run what is due."""
-    for _ in range(3):
+    for _ in range(TURNS + 2):
         await asyncio.sleep(0)
 
 
@@ -229,6 +230,30 @@ def test_what_arrives_in_one_turn_runs_together():
         assert bench.names() == [["a", "b", "c"]]
 
     play(scene)
+
+
+def test_what_arrives_in_the_turn_after_runs_together_too():
+    async def scene(bench):
+        model = mounted()
+        for name in "abc":
+            bench.submit(name, model=model)
+            await asyncio.sleep(0)
+        await turn()
+        assert bench.names() == [["a", "b", "c"]]
+
+    play(scene)
+
+
+def test_arrivals_without_end_hold_nothing_back():
+    async def scene(bench):
+        model = mounted()
+        for name in range(3 * TURNS):
+            bench.submit(name, model=model)
+            await asyncio.sleep(0)
+        (first,) = bench.names()
+        assert first == [str(name) for name in range(TURNS + 1)]
+
+    play(scene, max_batch_rows=32)
 
 
 def test_what_waits_is_taken_together_up_to_the_maximum():
