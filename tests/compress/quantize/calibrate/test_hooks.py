@@ -325,8 +325,11 @@ def test_python_memory_does_not_grow_with_the_batches(generator):
         tracemalloc.stop()
         return peak
 
-    peak_bytes(10)
-    assert peak_bytes(300) <= peak_bytes(10) * 1.1 + 4096
+    def least(count):
+        """Other threads of the process allocate too, now and then; what a batch keeps is there each time."""
+        return min(peak_bytes(count) for _ in range(3))
+
+    assert least(300) <= least(10) * 1.1 + 4096
 
 
 def test_the_public_names():
