@@ -163,6 +163,15 @@ def test_what_would_not_gain_or_would_change_stays_as_it_is(model):
     assert suited(model).SerializeToString() == ir.to_proto(ir.from_proto(model)).SerializeToString()
 
 
+def test_an_input_with_a_scale_for_each_channel_stays_as_it_is():
+    model = convolution(codes_of(16, 3, 3, 3))
+    for tensor in model.graph.initializer:
+        if tensor.name in ("given_scale", "given_zero"):
+            whole = np.full(3, numpy_helper.to_array(tensor))
+            tensor.CopyFrom(numpy_helper.from_array(whole, tensor.name))
+    assert kinds(suited(model)) == kinds(model)
+
+
 def test_a_weight_that_two_convolutions_share_stays_as_it_is():
     draft = Draft(["batch", 3, 9, 8])
     x, w = draft.rounded("x", "given"), draft.weight(codes_of(16, 3, 3, 3))

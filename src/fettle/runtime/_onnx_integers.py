@@ -48,7 +48,7 @@ def _pad_integers(graph: ir.Graph, pad: ir.Node) -> None:
 def _fill_channels(graph: ir.Graph, conv: ir.Node) -> None:
     """Zeros for weights and the zero point for inputs: the products that are added are 0."""
     given, weight = (_producer(value, "DequantizeLinear") for value in conv.inputs[:2])
-    if given is None or weight is None or _only_user(conv, "QuantizeLinear") is None:
+    if given is None or weight is None or not _is_per_tensor(given) or _only_user(conv, "QuantizeLinear") is None:
         return
     stored = weight.inputs[0]
     codes = _constant(stored)
@@ -109,7 +109,11 @@ def _same_scale(before: ir.Node, after: ir.Node) -> bool:
         one, other = _constant(left), _constant(right)
         if one is None or other is None or one.dtype != other.dtype or not np.array_equal(one, other):
             return False
-    scale = _constant(before.inputs[1])
+    return _is_per_tensor(before)
+
+
+def _is_per_tensor(node: ir.Node) -> bool:
+    scale = _constant(node.inputs[1])
     return scale is not None and scale.ndim == 0
 
 
