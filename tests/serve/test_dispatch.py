@@ -221,23 +221,14 @@ def test_a_lone_request_does_not_wait_for_company():
     play(scene)
 
 
-def test_what_arrives_in_one_turn_runs_together():
+@pytest.mark.parametrize("turns_between", [0, 1])
+def test_what_arrives_in_one_turn_or_the_next_runs_together(turns_between):
     async def scene(bench):
         model = mounted()
         for name in "abc":
             bench.submit(name, model=model)
-        await turn()
-        assert bench.names() == [["a", "b", "c"]]
-
-    play(scene)
-
-
-def test_what_arrives_in_the_turn_after_runs_together_too():
-    async def scene(bench):
-        model = mounted()
-        for name in "abc":
-            bench.submit(name, model=model)
-            await asyncio.sleep(0)
+            for _ in range(turns_between):
+                await asyncio.sleep(0)
         await turn()
         assert bench.names() == [["a", "b", "c"]]
 
