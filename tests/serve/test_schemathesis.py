@@ -1,7 +1,8 @@
 """A real server against its own OpenAPI document: schemathesis makes requests from it, right ones and wrong ones.
 
 Which requests must be accepted and which refused is not judged here: a schema cannot say that data must have as many
-values as the shape beside it. FETTLE_FUZZ multiplies how many requests there are.
+values as the shape beside it. A 504 is no fault where the request itself set a deadline: one millisecond is soon gone.
+FETTLE_FUZZ multiplies how many requests there are.
 """
 
 import os
@@ -54,7 +55,8 @@ def test_the_server_is_as_its_document_says(server, mode, kit):
             @given(case=operation.as_strategy(generation_mode=mode))
             def ask(case):
                 response = case.call(session=session, timeout=20)
-                case.validate_response(response, checks=CHECKS)
+                late = response.status_code == 504 and "X-Request-Timeout-Ms" in (case.headers or {})
+                case.validate_response(response, checks=CHECKS, excluded_checks=[not_a_server_error] if late else [])
 
             ask()
     with server.client() as client:
