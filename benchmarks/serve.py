@@ -9,8 +9,8 @@ their own, and who has no way to take raw tensors is not in that table).
 Closed loop: 1 and 32 connections, each sending its next request when it has its answer (wrk where it is installed:
 apt-get install -y wrk). Open loop: Poisson arrivals at multiples of what the closed loop has reached, latency from
 when a request was due. Every system is started anew in each round and ended with SIGTERM; rounds are interleaved,
-figures are medians over them. Just before and after fettle's turns: what two processes decode and infer without any
-server.
+figures are medians over them. In fettle's turns bursts of half a second alternate with what two processes decode and
+infer without any server, and each burst is compared with what is measured just before and after it.
 
 Peers are installed into `.peers/` on first use, or all with --install-peers.
 """
@@ -80,11 +80,10 @@ def main(options: ServeBenchOptions) -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         competitors = build(folder, kinds=options.payloads, peers=options.peers, missing=missing)
-        findings = measure(competitors, folder, kinds=options.payloads, effort=effort, cores=cores, missing=missing)
+        findings = measure(competitors, folder, effort=effort, cores=cores, missing=missing)
     ours = {system.name for system in competitors.systems if system.ours}
     details = {
         "systems": {name: [asdict(turn) for turn in found] for name, found in findings.turns.items()},
-        "limits_per_s": findings.limits,
         "effort": asdict(effort),
         "generator": "built in" if "wrk" in missing else "wrk",
         "cores": len(cores),

@@ -66,11 +66,12 @@ def claim_fast(findings: Findings, ours: set[str], kind: str) -> Claim:
 def claim_near_limit(findings: Findings, kind: str) -> Claim:
     """How much of the cores is left for the work itself."""
     statement = f"{TITLES[kind]}: at least {SHARE_OF_LIMIT:.0%} of what decoding and inference alone allow"
-    share = findings.share(OURS, kind)
-    if share is None:
+    shares = findings.shares(kind)
+    if not shares:
         return Claim(statement, holds=False, figures=f"{kind}: fettle or the limit was not measured")
-    limit = statistics.median(findings.limit(kind))
-    return Claim(statement, holds=share >= SHARE_OF_LIMIT, figures=f"{kind}: {share:.0%} of the limit of {limit:.0f}/s")
+    share, limit = statistics.median(shares), statistics.median(findings.limit(kind))
+    figures = f"{kind}: {share:.0%} of the limit of {limit:.0f}/s, median of {len(shares)} bursts"
+    return Claim(statement, holds=share >= SHARE_OF_LIMIT, figures=figures)
 
 
 def claim_overload(findings: Findings) -> Claim:

@@ -9,12 +9,12 @@ import statistics
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
-from serve_peers.compute import measure_limit
+from serve_peers.compute import Limit, LimitFailed, limit_of
 from serve_peers.generators import Load, drive, generate
 from serve_peers.open_loop import OpenLoad, drive_open
+from serve_peers.payloads import Payload
 from serve_peers.processes import Ending, Server, ServerFailed, busy_s
 from serve_peers.systems import OURS, Field, System
 
@@ -31,6 +31,7 @@ class Effort:
     """How much work a run does: rounds, seconds of each part of a turn, and the loads beyond the closed loop.
 
     factors: offered rates of the open loop, as multiples of the capacity that the same turn has measured.
+    pairs: bursts of fettle between measurements of what the cores allow no server, with `limit_s` for a size of batch.
     """
 
     rounds: int
@@ -39,11 +40,18 @@ class Effort:
     many_s: float
     open_s: float
     factors: tuple[float, ...]
+    pairs: int
+    pair_s: float
     limit_s: float
 
 
-FULL = Effort(rounds=3, check_s=0.7, few_s=1.0, many_s=2.0, open_s=2.0, factors=(0.5, 1.0, 1.5, 2.0), limit_s=0.6)
-QUICK = Effort(rounds=1, check_s=0.4, few_s=1.0, many_s=1.0, open_s=0.7, factors=(1.0, 2.0), limit_s=0.2)
+FULL = Effort(
+    rounds=3, check_s=0.7, few_s=1.0, many_s=2.0, open_s=2.0, factors=(0.5, 1.0, 1.5, 2.0), pairs=8, pair_s=0.5,
+    limit_s=0.15,
+)  # fmt: skip
+QUICK = Effort(
+    rounds=1, check_s=0.4, few_s=1.0, many_s=1.0, open_s=0.7, factors=(1.0, 2.0), pairs=3, pair_s=0.3, limit_s=0.1
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +108,19 @@ class Open:
 
 
 @dataclass(frozen=True, slots=True)
+class Pair:
+    """A burst at 32 connections, and what the cores allowed no server, the mean of just before and just after it.
+
+    limits_per_s: rows a second by rows in a batch. A host's speed may change within seconds: only neighbors compare.
+    """
+
+    per_s: float
+    limits_per_s: Mapping[int, float]
+
+
+@dataclass(frozen=True, slots=True)
 class Turn:
-    """One system in one round. parts: by kind of request."""
+    """One system in one round. parts, pairs: by kind of request; pairs of fettle alone."""
 
     parts: Mapping[str, Part]
     opened: Sequence[Open]
@@ -109,6 +128,7 @@ class Turn:
     first_s: float
     memory_bytes: int
     ending: Ending
+    pairs: Mapping[str, Sequence[Pair]] = field(default_factory=dict)
 
     @property
     def errors(self) -> int:
@@ -133,13 +153,9 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """All turns by system; and by kind of request and rows in a batch, round by round, the rows a second of no server.
-
-    Of each round that is the mean of before and after fettle's turn: a host's speed may change within a minute.
-    """
+    """All turns by system."""
 
     turns: dict[str, list[Turn]]
-    limits: dict[str, dict[int, list[float]]] = field(default_factory=dict)
 
     def kinds(self) -> list[str]:
         """The kinds of request that anyone was asked."""
@@ -159,70 +175,54 @@ class Findings:
         return statistics.median(part.many.p99_ms for part in self.of(name, kind))
 
     def limit(self, kind: str) -> list[float]:
-        """Rows a second without a server, round by round, in the batches that are best by their median."""
-        return max(self.limits.get(kind, {}).values(), key=statistics.median, default=[])
+        """Rows a second without a server beside each of fettle's bursts, in the batches best by their median."""
+        by_rows: dict[int, list[float]] = {}
+        for pair in self._pairs(kind):
+            for rows, per_s in pair.limits_per_s.items():
+                by_rows.setdefault(rows, []).append(per_s)
+        return max(by_rows.values(), key=statistics.median, default=[])
 
-    def share(self, name: str, kind: str) -> float | None:
-        """Median over the rounds of this system's answers at 32 connections, of what the round allowed no server."""
-        pairs = zip(self.of(name, kind), self.limit(kind), strict=False)  # one that failed later has no more limits
-        shares = [part.many.per_s / limit for part, limit in pairs]
-        return statistics.median(shares) if shares else None
+    def shares(self, kind: str) -> list[float]:
+        """Of what the cores allow no server, what fettle reaches at 32 connections, burst by burst."""
+        return [pair.per_s / limit for pair, limit in zip(self._pairs(kind), self.limit(kind), strict=True)]
+
+    def _pairs(self, kind: str) -> list[Pair]:
+        return [pair for turn in self.turns.get(OURS, ()) for pair in turn.pairs.get(kind, ())]
 
 
-def measure(
-    competitors: Field, folder: Path, *, kinds: Sequence[str], effort: Effort, cores: set[int], missing: dict[str, str]
-) -> Findings:
+def measure(competitors: Field, folder: Path, *, effort: Effort, cores: set[int], missing: dict[str, str]) -> Findings:
     """Round after round, everyone in turn, and another one first each time. Who fails once is out, and is named."""
     systems = competitors.systems
     turns: dict[str, list[Turn]] = {system.name: [] for system in systems}
-    limits: dict[str, dict[int, list[float]]] = {}
     for number in range(effort.rounds):
         start = number % len(systems) if systems else 0
         for system in [*systems[start:], *systems[:start]]:
             if system.name in missing:
                 continue
-            alone = partial(measure_alone, competitors, system, folder, kinds=kinds, effort=effort, cores=cores)
-            before = alone(missing=missing)
+            artifact = competitors.artifact if system.name == OURS else None
             try:
-                turns[system.name].append(take_turn(system, folder, effort=effort, cores=cores))
+                turn = take_turn(system, folder, artifact=artifact, effort=effort, cores=cores, missing=missing)
             except (ServerFailed, OSError, ValueError, subprocess.SubprocessError) as problem:
                 missing[system.name] = f"round {number + 1}: {problem}"
                 continue
-            for kind, found in alone(missing=missing).items():
-                for rows, per_s in found.items():
-                    mean = (before[kind][rows] + per_s) / 2
-                    limits.setdefault(kind, {}).setdefault(rows, []).append(mean)
-    return Findings({name: found for name, found in turns.items() if name not in missing}, limits)
+            turns[system.name].append(turn)
+    return Findings({name: found for name, found in turns.items() if name not in missing})
 
 
-def measure_alone(
-    competitors: Field,
-    system: System,
-    folder: Path,
-    *,
-    kinds: Sequence[str],
-    effort: Effort,
-    cores: set[int],
-    missing: dict[str, str],
-) -> dict[str, dict[int, float]]:
-    """What decoding and inference alone reach just now; {} beside another than fettle, and once it has failed."""
-    if system.name != OURS or competitors.artifact is None or LIMIT in missing:
-        return {}
-    try:
-        return measure_limit(competitors.artifact, folder, kinds=kinds, processes=len(cores), seconds=effort.limit_s)
-    except (OSError, ValueError) as problem:
-        missing[LIMIT] = str(problem)
-        return {}
+def take_turn(
+    system: System, folder: Path, *, artifact: Path | None, effort: Effort, cores: set[int], missing: dict[str, str]
+) -> Turn:
+    """Start it, judge its answers, measure it, end it. Raises ServerFailed.
 
-
-def take_turn(system: System, folder: Path, *, effort: Effort, cores: set[int]) -> Turn:
-    """Start it, judge its answers, measure it, end it. Raises ServerFailed."""
+    artifact: where it is to be compared with what the cores allow no server; if that fails, `missing` has the reason.
+    """
     server = Server(system.launch, folder / "server.log")
     try:
         first = next(iter(system.payloads.values()))
         server.wait_ready(first, limit_s=READY_LIMIT_S)
         parts = {kind: take_part(server, system, kind, effort=effort, cores=cores) for kind in system.payloads}
         memory_bytes = server.memory_bytes()
+        pairs = {} if artifact is None else compare(server, system, artifact, folder, effort, cores, missing)
         kind = next(iter(parts))
         opened = []
         if system.overload:
@@ -237,7 +237,41 @@ def take_turn(system: System, folder: Path, *, effort: Effort, cores: set[int]) 
         first_s=server.first_s,
         memory_bytes=memory_bytes,
         ending=ending,
+        pairs=pairs,
     )
+
+
+def compare(
+    server: Server,
+    system: System,
+    artifact: Path,
+    folder: Path,
+    effort: Effort,
+    cores: set[int],
+    missing: dict[str, str],
+) -> dict[str, list[Pair]]:
+    """Its bursts beside what the cores allow no server, as far as that could be measured."""
+    pairs: dict[str, list[Pair]] = {}
+    if LIMIT not in missing:
+        try:
+            with limit_of(artifact, folder, processes=len(cores)) as limit:
+                for kind, payload in system.payloads.items():
+                    pairs[kind] = take_pairs(server, payload, kind, limit, effort=effort)
+        except LimitFailed as problem:
+            missing[LIMIT] = str(problem)
+    return pairs
+
+
+def take_pairs(server: Server, payload: Payload, kind: str, limit: Limit, *, effort: Effort) -> list[Pair]:
+    """Bursts between measurements of the limit. Raises LimitFailed."""
+    pairs = []
+    before = limit.measure(kind, seconds=effort.limit_s)
+    for _ in range(effort.pairs):
+        burst = generate(server.port, payload, connections=MANY, seconds=effort.pair_s)
+        after = limit.measure(kind, seconds=effort.limit_s)
+        pairs.append(Pair(burst.per_s, {rows: (before[rows] + after[rows]) / 2 for rows in before}))
+        before = after
+    return pairs
 
 
 def take_part(server: Server, system: System, kind: str, *, effort: Effort, cores: set[int]) -> Part:

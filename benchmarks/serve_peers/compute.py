@@ -10,8 +10,8 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,10 @@ from fettle.serve.protocol import parse_infer
 
 BATCHES = (8, 16, 32)
 MAX_PIXELS = 25_000_000
+
+
+class LimitFailed(Exception):
+    """A process that computes without a server did not."""
 
 
 def main(artifact: str, folder: str) -> None:
@@ -83,10 +87,9 @@ def bodies_in(path: Path) -> Iterator[bytes]:
         start += 4 + size
 
 
-def measure_limit(
-    artifact: Path, folder: Path, *, kinds: tuple[str, ...], processes: int, seconds: float
-) -> dict[str, dict[int, float]]:
-    """Rows a second by kind and rows in a batch, all processes together."""
+@contextmanager
+def limit_of(artifact: Path, folder: Path, *, processes: int) -> Iterator[Limit]:
+    """Processes that compute when they are asked, as long as this lasts. Raises LimitFailed, and so does the asking."""
     command = [sys.executable, __file__, str(artifact), str(folder)]
     with ExitStack() as stack:
         workers = [
@@ -95,32 +98,50 @@ def measure_limit(
             )
             for _ in range(processes)
         ]
+        stack.callback(_hang_up, workers)
         for worker in workers:
             _hear(worker)
-        found: dict[str, dict[int, float]] = {kind: {} for kind in kinds}
-        for kind in kinds:
-            for size in BATCHES:
-                for worker in workers:
-                    _tell(worker, f"{kind} {size} {seconds}\n")
-                found[kind][size] = sum(float(_hear(worker)) for worker in workers)
-        for worker in workers:
-            assert worker.stdin is not None
-            worker.stdin.close()
-    return found
+        yield Limit(workers)
+
+
+class Limit:
+    """What the cores allow without a server."""
+
+    def __init__(self, workers: Sequence[subprocess.Popen[str]]) -> None:
+        self._workers = workers
+
+    def measure(self, kind: str, *, seconds: float) -> dict[int, float]:
+        """Rows a second by rows in a batch, all processes together. seconds: for each size of batch."""
+        found = {}
+        for size in BATCHES:
+            for worker in self._workers:
+                _tell(worker, f"{kind} {size} {seconds}\n")
+            found[size] = sum(float(_hear(worker)) for worker in self._workers)
+        return found
 
 
 def _tell(worker: subprocess.Popen[str], line: str) -> None:
     assert worker.stdin is not None
-    worker.stdin.write(line)
-    worker.stdin.flush()
+    try:
+        worker.stdin.write(line)
+        worker.stdin.flush()
+    except OSError as problem:
+        raise LimitFailed(f"the computation cannot be asked: {problem}") from None
 
 
 def _hear(worker: subprocess.Popen[str]) -> str:
     assert worker.stdout is not None
     answer = worker.stdout.readline()
     if not answer:
-        raise ChildProcessError(f"the computation ended with code {worker.wait()}")
+        raise LimitFailed(f"the computation ended with code {worker.wait()}")
     return answer
+
+
+def _hang_up(workers: Sequence[subprocess.Popen[str]]) -> None:
+    for worker in workers:
+        assert worker.stdin is not None
+        with suppress(OSError):  # it has gone already
+            worker.stdin.close()
 
 
 if __name__ == "__main__":

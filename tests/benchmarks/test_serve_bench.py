@@ -1,7 +1,8 @@
 import asyncio
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -89,6 +90,11 @@ def turn(turns: ModuleType, per_s: float = 1000.0, **changes: Any) -> Any:
     return replace(plain, **changes)
 
 
+def paired(turns: ModuleType, per_s: float, limits: dict[int, list[float]]) -> list[Any]:
+    """Bursts of one speed beside limits by rows in a batch, a burst each."""
+    return [turns.Pair(per_s, dict(zip(limits, beside, strict=True))) for beside in zip(*limits.values(), strict=True)]
+
+
 OURS = {"fettle", "fettle, OpenVINO"}
 
 
@@ -166,20 +172,22 @@ def test_nothing_judged_is_nothing_right(turns: ModuleType, claims: ModuleType) 
 @pytest.mark.parametrize(
     ("limits", "holds"),
     [
-        pytest.param({8: [1000.0, 1428.0, 9000.0]}, True, id="two of three rounds"),
-        pytest.param({8: [1430.0, 1430.0, 1000.0]}, False, id="one of three rounds"),
+        pytest.param({8: [1000.0, 1428.0, 9000.0]}, True, id="two of three bursts"),
+        pytest.param({8: [1430.0, 1430.0, 1000.0]}, False, id="one of three bursts"),
         pytest.param({8: [1428.0] * 3, 16: [1400.0, 1400.0, 9000.0]}, True, id="the batch best by its median"),
         pytest.param({8: [1400.0] * 3, 16: [1430.0] * 3}, False, id="the larger batch is better"),
-        pytest.param({8: [1428.0]}, True, id="no limit in later rounds"),
-        pytest.param({}, False, id="no limit"),
+        pytest.param({8: []}, False, id="no limit"),
     ],
 )
 def test_the_limit_claim_needs_seven_tenths_of_what_the_cores_could_do(
     turns: ModuleType, claims: ModuleType, limits: dict[int, list[float]], holds: bool
 ) -> None:
-    found = turns.Findings({"fettle": [turn(turns, 1000)] * 3}, {"image": limits})
+    first, *others = paired(turns, 1000.0, limits) or [None]
+    rounds = [[first] if first else [], others]
+    found = turns.Findings({"fettle": [turn(turns, pairs={"image": pairs}) for pairs in rounds]})
     assert claims.claim_near_limit(found, "image").holds is holds
-    assert not claims.claim_near_limit(turns.Findings({}, {"image": limits}), "image").holds
+    assert not claims.claim_near_limit(found, "json").holds
+    assert not claims.claim_near_limit(turns.Findings({"peer": found.turns["fettle"]}), "image").holds
 
 
 @pytest.mark.parametrize(
@@ -213,12 +221,12 @@ def test_the_start_claim_needs_less_than_a_second(
 
 def test_tables_have_a_row_for_each_system_and_the_spread_of_its_rounds(turns: ModuleType, tables: ModuleType) -> None:
     slow = {"image": part(turns, cpu_s=3.0)}
+    pairs = {"image": paired(turns, 1000, {8: [4000.0, 6000.0], 16: [100.0, 9000.0]})}
     found = turns.Findings(
         {
-            "fettle": [turn(turns, rate, opened=[opened(turns)]) for rate in (900, 1000, 1300)],
+            "fettle": [turn(turns, rate, opened=[opened(turns)], pairs=pairs) for rate in (900, 1000, 1300)],
             "peer": [turn(turns, parts=slow)],
         },
-        {"image": {8: [4000.0, 6000.0], 16: [100.0, 9000.0]}},
     )
     closed, cost, beyond = tables.tables(found, note="noise", rounds=3)
     assert closed.rows[0][:2] == ("fettle", "1000 (900–1300)")
@@ -231,40 +239,59 @@ def test_tables_have_a_row_for_each_system_and_the_spread_of_its_rounds(turns: M
     assert tables.tables(turns.Findings({}), note="noise", rounds=1)[0].rows == ()
 
 
-@pytest.mark.parametrize("fails", [False, True])
-def test_limits_are_measured_on_both_sides_of_fettles_turns(
-    turns: ModuleType, monkeypatch: pytest.MonkeyPatch, fails: bool
+class FakeLimit:
+    """Counts up by a thousand; fails at a number, if any."""
+
+    def __init__(self, turns: ModuleType, said: list[str], *, fails_at: int = 0) -> None:
+        self._turns, self._said, self._fails_at = turns, said, fails_at
+
+    def measure(self, kind: str, *, seconds: float) -> dict[int, float]:
+        self._said.append(kind)
+        if self._said.count(kind) == self._fails_at:
+            raise self._turns.LimitFailed("a process was killed")
+        return {8: 1000.0 * self._said.count(kind)}
+
+
+@pytest.mark.parametrize("fails_at", [0, 3])
+def test_each_burst_is_compared_with_what_is_measured_on_both_of_its_sides(
+    turns: ModuleType, monkeypatch: pytest.MonkeyPatch, fails_at: int
 ) -> None:
     said: list[str] = []
 
-    def measure_limit(*_: object, **__: object) -> dict[str, dict[int, float]]:
-        said.append("limit")
-        if fails and len(said) > 4:
-            raise ValueError("a process was killed")
-        return {"image": {8: 1000.0 * len(said), 16: 1.0}}
+    @contextmanager
+    def limit_of(*_: object, processes: int) -> Iterator[FakeLimit]:
+        assert processes == 2
+        yield FakeLimit(turns, said, fails_at=fails_at)
 
-    def take_turn(system: Any, *_: object, **__: object) -> Any:
-        said.append(system.name)
-        return turn(turns)
+    def generate(*_: object, **__: object) -> Any:
+        said.append("burst")
+        return load(turns, 700)
 
-    monkeypatch.setattr(turns, "measure_limit", measure_limit)
-    monkeypatch.setattr(turns, "take_turn", take_turn)
-    everyone = SimpleNamespace(
-        systems=[SimpleNamespace(name="fettle"), SimpleNamespace(name="peer")], artifact=Path("artifact")
-    )
-    missing: dict[str, str] = {}
-    found = turns.measure(
-        everyone, Path(), kinds=("image",), effort=replace(turns.QUICK, rounds=2), cores={0}, missing=missing
-    )
-    assert [len(each) for each in found.turns.values()] == [2, 2]
-    around = ["limit", "fettle", "limit"]
-    if fails:
-        assert said == [*around, "peer", "peer", "limit", "fettle"]
+    monkeypatch.setattr(turns, "limit_of", limit_of)
+    monkeypatch.setattr(turns, "generate", generate)
+    system = SimpleNamespace(payloads={"image": None, "json": None})
+    server, missing = SimpleNamespace(port=1), dict[str, str]()
+    effort = replace(turns.QUICK, pairs=2)
+    found = turns.compare(server, system, Path(), Path(), effort, {0, 1}, missing)
+    around = ["image", "burst", "image", "burst", "image"]
+    if fails_at:
+        assert (said, found) == (around, {})
         assert missing == {turns.LIMIT: "a process was killed"}
-        assert found.limits == {"image": {8: [2000.0], 16: [1.0]}}
+        assert turns.compare(server, system, Path(), Path(), effort, {0, 1}, missing) == {}
+        assert said == around
     else:
-        assert said == [*around, "peer", "peer", *around]
-        assert found.limits == {"image": {8: [2000.0, 7000.0], 16: [1.0, 1.0]}}
+        assert said == [*around, *(kind.replace("image", "json") for kind in around)]
+        assert found["image"] == found["json"] == [turns.Pair(700, {8: 1500.0}), turns.Pair(700, {8: 2500.0})]
+        assert missing == {}
+
+
+def test_a_computation_that_cannot_be_is_a_failure_of_its_own(tmp_path: Path) -> None:
+    compute = importlib.import_module("serve_peers.compute")
+    with (
+        pytest.raises(compute.LimitFailed, match="ended with code 1"),
+        compute.limit_of(tmp_path / "nothing", tmp_path, processes=2),
+    ):
+        pytest.fail("it began")
 
 
 @pytest.mark.parametrize(("elsewhere", "told"), [(0.0, False), (0.05, False), (0.1, True), (1.3, True)])
@@ -293,7 +320,7 @@ def test_rounds_begin_with_another_system_and_a_failing_one_is_named_and_left_ou
     missing = {"c2": "not installed"}
     effort = replace(turns.QUICK, rounds=3)
     field = systems.Field(found, None, "noise")
-    options: dict[str, Any] = {"kinds": ("image",), "effort": effort, "cores": {0}}
+    options: dict[str, Any] = {"effort": effort, "cores": {0}}
     measured = turns.measure(field, tmp_path, missing=missing, **options)
     assert order == ["a", "b", "c", "b", "c", "a", "c", "a"]
     assert {name: len(taken) for name, taken in measured.turns.items()} == {"a": 3, "c": 3}
@@ -343,7 +370,6 @@ def test_every_peer_has_a_script_and_pinned_requirements(systems: ModuleType) ->
 def test_a_turn_of_fettle_itself_on_invented_weights(
     turns: ModuleType, systems: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compute = importlib.import_module("serve_peers.compute")
     monkeypatch.setenv("FETTLE_DATA", str(tmp_path / "nothing"))
     monkeypatch.setattr(turns, "generate", in_process(importlib.import_module("serve_peers.generators")))
     missing: dict[str, str] = {}
@@ -353,9 +379,10 @@ def test_a_turn_of_fettle_itself_on_invented_weights(
     assert missing == dict.fromkeys([peer.name for peer in systems.PEERS], "not asked for")
     fettle, logged = field.systems[:2]
     assert (fettle.name, logged.name) == ("fettle", "fettle, with prediction log")
-    effort = replace(turns.QUICK, check_s=0.4, few_s=0.2, many_s=0.3, open_s=0.3, factors=(2.0,))
-    cores = set(os.sched_getaffinity(0))
-    found = turns.take_turn(fettle, tmp_path, effort=effort, cores=cores)
+    effort = replace(turns.QUICK, check_s=0.4, few_s=0.2, many_s=0.3, open_s=0.3, factors=(2.0,), pairs=1, limit_s=0.05)
+    options: dict[str, Any] = {"effort": effort, "cores": set(os.sched_getaffinity(0)), "missing": missing}
+    assert field.artifact is not None
+    found = turns.take_turn(fettle, tmp_path, artifact=field.artifact, **options)
     assert list(found.parts) == list(kinds)
     assert all(part.checked.answered > 0 and part.cpu_s_per_1000 > 0 for part in found.parts.values())
     assert (found.errors, found.wrong) == (0, 0)
@@ -363,13 +390,13 @@ def test_a_turn_of_fettle_itself_on_invented_weights(
     (beyond,) = found.opened
     assert beyond.load.good + beyond.load.shed > 0
     assert (beyond.load.broken, beyond.load.unanswered) == (0, 0)
-    found = turns.take_turn(logged, tmp_path, effort=effort, cores=cores)
-    assert (list(found.parts), found.errors, found.opened) == (["image"], 0, [])
+    assert found.pairs.keys() == set(kinds)
+    for (pair,) in found.pairs.values():
+        assert min(pair.per_s, *pair.limits_per_s.values()) > 0
+    found = turns.take_turn(logged, tmp_path, artifact=None, **options)
+    assert (list(found.parts), found.errors, found.opened, found.pairs) == (["image"], 0, [], {})
     assert any((tmp_path / "observations").rglob("*.parquet"))
-    assert field.artifact is not None
-    limit = compute.measure_limit(field.artifact, tmp_path, kinds=kinds, processes=2, seconds=0.05)
-    assert limit.keys() == set(kinds)
-    assert all(per_s > 0 for found in limit.values() for per_s in found.values())
+    assert turns.LIMIT not in missing
 
 
 def in_process(generators: ModuleType) -> Callable[..., Any]:

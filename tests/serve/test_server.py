@@ -119,14 +119,14 @@ def test_many_clients_get_their_own_answers(start, shelf, kit):
 
 
 def test_health_never_waits_for_inference(start, slow, kit):
-    server = start(slow(1.0), workers=1).wait_ready()
+    server = start(slow(2.0), workers=1).wait_ready()
     with server.client() as client, ThreadPoolExecutor(1) as pool:
         busy = pool.submit(client.post, INFER, content=kit.body_of(), headers=JSON)
         started = time.monotonic()
         for _ in range(20):
             assert client.get("/health").status_code == 200
             assert client.get("/metrics").status_code == 200
-        assert time.monotonic() - started < 0.9
+        assert time.monotonic() - started < 1.9
         assert not busy.done()
         assert busy.result().status_code == 200
 
@@ -140,28 +140,28 @@ def test_a_request_that_takes_too_long_is_504(start, slow, kit):
 
 
 def test_a_client_may_ask_for_an_answer_sooner(start, slow, kit):
-    server = start(slow(1.0), workers=1).wait_ready()
+    server = start(slow(2.0), workers=1).wait_ready()
     with server.client() as client:
         started = time.monotonic()
         headers = {**JSON, "x-request-timeout-ms": "100"}
         assert client.post(INFER, content=kit.body_of(), headers=headers).status_code == 504
-        assert time.monotonic() - started < 0.8
+        assert time.monotonic() - started < 1.8
         for bad in ("0", "-5", "x", "1" * 20):
             response = client.post(INFER, content=kit.body_of(), headers={**JSON, "x-request-timeout-ms": bad})
             assert "X-Request-Timeout-Ms" in kit.error_of(response, 400)
 
 
 def test_what_would_come_too_late_is_refused_at_once(start, slow, kit):
-    server = start(slow(0.3), workers=1, max_batch_rows=1).wait_ready()
+    server = start(slow(0.6), workers=1, max_batch_rows=1).wait_ready()
     with server.client() as client, ThreadPoolExecutor(4) as pool:
         assert client.post(INFER, content=kit.body_of(), headers=JSON).status_code == 200  # the server learns the time
         busy = [pool.submit(client.post, INFER, content=kit.body_of(), headers=JSON) for _ in range(4)]
         kit.until(lambda: client.get("/health").json()["queue_rows"] >= 3)
         started = time.monotonic()
-        late = client.post(INFER, content=kit.body_of(), headers={**JSON, "x-request-timeout-ms": "350"})
-        assert time.monotonic() - started < 0.2
+        late = client.post(INFER, content=kit.body_of(), headers={**JSON, "x-request-timeout-ms": "700"})
+        assert time.monotonic() - started < 0.6
         assert "too late" in kit.error_of(late, 429)
-        assert late.headers["retry-after"] == "1"
+        assert int(late.headers["retry-after"]) >= 1
         assert [future.result().status_code for future in busy] == [200] * 4
 
 
