@@ -9,8 +9,9 @@ their own, and who has no way to take raw tensors is not in that table).
 Closed loop: 1 and 32 connections, each sending its next request when it has its answer (wrk where it is installed:
 apt-get install -y wrk). Open loop: Poisson arrivals at multiples of what the closed loop has reached, latency from
 when a request was due. Every system is started anew in each round and ended with SIGTERM; rounds are interleaved,
-figures are medians over them. In fettle's turns bursts of half a second alternate with what two processes decode and
-infer without any server, and each burst is compared with what is measured just before and after it.
+figures are medians over them. A shared machine changes its speed within seconds, so what is set against each other is
+measured side by side: an open loop and the closed loop of just before and just after it; and in fettle's turns, burst
+by burst, the closed loop and what two processes decode and infer without any server.
 
 Peers are installed into `.peers/` on first use, or all with --install-peers.
 """

@@ -8,7 +8,7 @@ import resource
 import statistics
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from serve_peers.compute import Limit, LimitFailed, limit_of
@@ -30,7 +30,7 @@ DEADLINE_HEADER = "X-Request-Timeout-Ms"
 class Effort:
     """How much work a run does: rounds, seconds of each part of a turn, and the loads beyond the closed loop.
 
-    factors: offered rates of the open loop, as multiples of the capacity that the same turn has measured.
+    factors: offered rates of the open loop, as multiples of the capacity, which `burst_s` at 32 connections tell.
     pairs: bursts of fettle between measurements of what the cores allow no server, with `limit_s` for a size of batch.
     """
 
@@ -41,16 +41,16 @@ class Effort:
     open_s: float
     factors: tuple[float, ...]
     pairs: int
-    pair_s: float
+    burst_s: float
     limit_s: float
 
 
 FULL = Effort(
-    rounds=3, check_s=0.7, few_s=1.0, many_s=2.0, open_s=2.0, factors=(0.5, 1.0, 1.5, 2.0), pairs=8, pair_s=0.5,
+    rounds=3, check_s=0.7, few_s=1.0, many_s=2.0, open_s=2.0, factors=(0.5, 1.0, 1.5, 2.0), pairs=8, burst_s=1.0,
     limit_s=0.15,
 )  # fmt: skip
 QUICK = Effort(
-    rounds=1, check_s=0.4, few_s=1.0, many_s=1.0, open_s=0.7, factors=(1.0, 2.0), pairs=3, pair_s=0.3, limit_s=0.1
+    rounds=1, check_s=0.4, few_s=1.0, many_s=1.0, open_s=0.7, factors=(1.0, 2.0), pairs=3, burst_s=1.0, limit_s=0.1
 )
 
 
@@ -82,9 +82,9 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Open:
-    """One open-loop load beside the capacity that it is a multiple of; of its answers, how many were judged.
+    """One open-loop load beside the capacity, the mean of just before and just after it, for speeds change.
 
-    cpu_s: of the server.
+    judged: how many of its answers were; cpu_s: of the server.
     """
 
     factor: float
@@ -224,10 +224,7 @@ def take_turn(
         memory_bytes = server.memory_bytes()
         pairs = {} if artifact is None else compare(server, system, artifact, folder, effort, cores, missing)
         kind = next(iter(parts))
-        opened = []
-        if system.overload:
-            capacity = parts[kind].many.per_s
-            opened = [overload(server, system, kind, factor, capacity, effort) for factor in effort.factors]
+        opened = take_open(server, system, kind, effort=effort) if system.overload and effort.factors else []
     finally:
         ending = server.stop()
     return Turn(
@@ -267,7 +264,7 @@ def take_pairs(server: Server, payload: Payload, kind: str, limit: Limit, *, eff
     pairs = []
     before = limit.measure(kind, seconds=effort.limit_s)
     for _ in range(effort.pairs):
-        burst = generate(server.port, payload, connections=MANY, seconds=effort.pair_s)
+        burst = generate(server.port, payload, connections=MANY, seconds=effort.burst_s)
         after = limit.measure(kind, seconds=effort.limit_s)
         pairs.append(Pair(burst.per_s, {rows: (before[rows] + after[rows]) / 2 for rows in before}))
         before = after
@@ -287,10 +284,28 @@ def take_part(server: Server, system: System, kind: str, *, effort: Effort, core
     return Part(checked, few, many, cpu_s, max(0.0, elsewhere_s / many.seconds))
 
 
+def take_open(server: Server, system: System, kind: str, *, effort: Effort) -> list[Open]:
+    """Loads that are offered at multiples of what was reached just before."""
+    opened = []
+    before = capacity_of(server, system, kind, effort=effort)
+    for factor in effort.factors:
+        found = overload(server, system, kind, factor, before, effort)
+        after = capacity_of(server, system, kind, effort=effort)
+        opened.append(replace(found, capacity_per_s=max((before + after) / 2, 1e-9)))
+        before = after
+    return opened
+
+
+def capacity_of(server: Server, system: System, kind: str, *, effort: Effort) -> float:
+    """Answers a second at 32 connections, once the server has nothing else to do."""
+    payload = system.payloads[kind]
+    server.settle(payload, limit_s=SETTLE_LIMIT_S)
+    return generate(server.port, payload, connections=MANY, seconds=effort.burst_s).per_s
+
+
 def overload(server: Server, system: System, kind: str, factor: float, capacity: float, effort: Effort) -> Open:
     """Offer a multiple of the capacity. fettle is told the deadline; the others have no header for it."""
     extra = {DEADLINE_HEADER: str(round(DEADLINE_S * 1000))} if system.ours else {}
-    server.settle(system.payloads[kind], limit_s=SETTLE_LIMIT_S)
     cpu_s = server.cpu_s()
     load, samples = drive_open(
         server.port,
@@ -302,7 +317,7 @@ def overload(server: Server, system: System, kind: str, factor: float, capacity:
     cpu_s = server.cpu_s() - cpu_s
     judge = system.judge(kind)
     wrong = sum(not judge(number, body) for number, body in samples)
-    return Open(factor, max(capacity, 1e-9), load, judged=len(samples), wrong=wrong, cpu_s=cpu_s)
+    return Open(factor, capacity, load, judged=len(samples), wrong=wrong, cpu_s=cpu_s)
 
 
 def own_cpu_s() -> float:

@@ -285,6 +285,26 @@ def test_each_burst_is_compared_with_what_is_measured_on_both_of_its_sides(
         assert missing == {}
 
 
+def test_an_open_loop_is_set_against_what_the_closed_one_reaches_on_both_of_its_sides(
+    turns: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates = iter((1000.0, 500.0, 0.0))
+    offered: list[float] = []
+
+    def drive_open(*_: object, rate_per_s: float, **__: object) -> Any:
+        offered.append(rate_per_s)
+        return opened(turns).load, []
+
+    monkeypatch.setattr(turns, "generate", lambda *_, **__: load(turns, next(rates)))
+    monkeypatch.setattr(turns, "drive_open", drive_open)
+    payload = SimpleNamespace(requests=lambda _: [])
+    system = SimpleNamespace(ours=True, payloads={"image": payload}, judge=lambda _: None)
+    server = SimpleNamespace(port=1, settle=lambda *_, **__: None, cpu_s=lambda: 0.0)
+    found = turns.take_open(server, system, "image", effort=replace(turns.QUICK, factors=(1.5, 2.0)))
+    assert offered == [1500.0, 1000.0]
+    assert [(one.factor, one.capacity_per_s, one.goodput) for one in found] == [(1.5, 750.0, 1.2), (2.0, 250.0, 3.6)]
+
+
 def test_a_computation_that_cannot_be_is_a_failure_of_its_own(tmp_path: Path) -> None:
     compute = importlib.import_module("serve_peers.compute")
     with (
@@ -379,7 +399,9 @@ def test_a_turn_of_fettle_itself_on_invented_weights(
     assert missing == dict.fromkeys([peer.name for peer in systems.PEERS], "not asked for")
     fettle, logged = field.systems[:2]
     assert (fettle.name, logged.name) == ("fettle", "fettle, with prediction log")
-    effort = replace(turns.QUICK, check_s=0.4, few_s=0.2, many_s=0.3, open_s=0.3, factors=(2.0,), pairs=1, limit_s=0.05)
+    effort = replace(
+        turns.QUICK, check_s=0.4, few_s=0.2, many_s=0.3, open_s=0.3, factors=(2.0,), pairs=1, burst_s=0.3, limit_s=0.05
+    )
     options: dict[str, Any] = {"effort": effort, "cores": set(os.sched_getaffinity(0)), "missing": missing}
     assert field.artifact is not None
     found = turns.take_turn(fettle, tmp_path, artifact=field.artifact, **options)
